@@ -1,0 +1,1 @@
+"""Prefix-tree attention and LM-head losses for co-training. Knows nothing of transformers."""
