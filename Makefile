@@ -1,0 +1,34 @@
+# Every target sets up .venv first when that is needed. `make <target> PYTHON=python3` uses that interpreter as it is:
+# no virtual environment, no network.
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
+
+.PHONY: setup train test lint bench gpu
+setup: $(READY)
+	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the ftrl environment needs it (Debian: apt-get install bubblewrap)"
+
+# torch first, by its pin: a range would admit other builds.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+train: setup
+	$(PYTHON) -m pact.cli train configs/toybox.yaml
+
+test: setup
+	$(PYTHON) -m pytest
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: setup
+	$(PYTHON) -m pytest benchmarks/prefix_tree.py --benchmark-only
+	$(PYTHON) -m benchmarks.one_pass --shape cpu
+
+gpu: setup
+	PACT_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/pact_kernels
