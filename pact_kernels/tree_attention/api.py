@@ -1,0 +1,50 @@
+"""The public tree attention: checks its input once and picks the backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pact_kernels.backend import resolve_backend
+from pact_kernels.prefix_tree import PrefixTree
+from pact_kernels.tree_attention.tiled import TiledTreeAttention, plan_of
+
+
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Attention of every token to its own path in the tree: query ``i`` sees key ``j`` iff ``j <= i < subtree_end[j]``.
+
+    Args:
+        q: [L, Hq, D] queries in the tree's flat order, positions (RoPE) already applied.
+        k, v: [L, Hkv, D]; Hkv divides Hq, query head ``h`` reads key head ``h // (Hq / Hkv)``.
+        tree: its ``subtree_end`` must lie on the device of ``q``; what the backend plans for it is kept with it.
+        scale: factor of ``q k^T``, default ``D ** -0.5``.
+        backend: "auto" or "torch".
+
+    Returns:
+        [L, Hq, D] in the dtype of ``q``. Softmax and sums are in float32 for 16-bit inputs, float64 for float64.
+
+    Raises:
+        TypeError: inputs that are not of one floating dtype.
+        ValueError: shapes or devices that do not fit the tree or each other, an unknown backend.
+        RuntimeError: a backend that this build does not have.
+    """
+    resolve_backend("tree_attention", backend, ("torch",))
+    _check(q, k, v, tree)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return TiledTreeAttention.apply(q, k, v, plan_of(tree.subtree_end), scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree) -> None:
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise TypeError(f"tree_attention needs q, k, v of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"tree_attention needs q [L, Hq, D] and k, v [L, Hkv, D] with Hkv dividing Hq, got {shapes}")
+    if q.shape[0] != len(tree):
+        raise ValueError(f"tree_attention: q has {q.shape[0]} rows but the tree has {len(tree)} tokens")
+    devices = {str(x.device) for x in (q, k, v, tree.subtree_end)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"tree_attention needs q, k, v and the tree on one device, got {sorted(devices)}; use tree.to(...)"
+        )

@@ -1,0 +1,172 @@
+"""Tree attention: the torch backend against the dense specification, which itself meets plain causal attention."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pact_kernels.prefix_tree import PrefixTree
+from pact_kernels.tree_attention import tiled
+from pact_kernels.tree_attention.api import tree_attention
+from pact_kernels.tree_attention.reference import tree_attention_reference
+
+
+def group(prompt, context, responses, seed=0):
+    """Sequences of one prompt group: every response below the prompt alone and below prompt and context."""
+    random = np.random.default_rng(seed)
+    x, c, *ys = [random.integers(0, 50, n).tolist() for n in (prompt, context, *responses)]
+    return [x + y for y in ys] + [x + c + y for y in ys]
+
+
+def inputs(length, heads, kv_heads, dim, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(length, heads, dim), (length, kv_heads, dim), (length, kv_heads, dim), (length, heads, dim)]
+    q, k, v, grad_out = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return [x.requires_grad_() for x in (q, k, v)], grad_out
+
+
+def output_and_gradients(attention, qkv, grad_out):
+    out = attention(*qkv)
+    return [out.detach(), *torch.autograd.grad(out, qkv, grad_out)]
+
+
+def compare(sequences, heads=4, kv_heads=2, dim=16, dtype=torch.float32, scale=None):
+    """Largest error of output and gradients: the backend's, and that of the dense formula in the input's dtype."""
+    tree = PrefixTree.from_sequences(sequences)
+    qkv, grad_out = inputs(len(tree), heads, kv_heads, dim, dtype)
+    exact_qkv = [x.detach().double().requires_grad_() for x in qkv]
+
+    def dense(q, k, v):
+        return tree_attention_reference(q, k, v, tree.subtree_end, scale)
+
+    exact = output_and_gradients(dense, exact_qkv, grad_out.double())
+    plain = output_and_gradients(dense, qkv, grad_out)
+    ours = output_and_gradients(lambda q, k, v: tree_attention(q, k, v, tree, scale=scale), qkv, grad_out)
+    assert all(x.dtype == dtype for x in ours)
+    return [[float((x - y).abs().max()) for x, y in zip(result, exact)] for result in (ours, plain)]
+
+
+def test_reference_is_causal_attention_of_each_sequence():
+    sequences = group(7, 3, [5, 4, 6])
+    tree = PrefixTree.from_sequences(sequences)
+    (q, k, v), _ = inputs(len(tree), 2, 2, 8, torch.float64)
+    out = tree_attention_reference(q, k, v, tree.subtree_end)
+    for path in tree.index:
+        alone = torch.nn.functional.scaled_dot_product_attention(
+            *(x[path].transpose(0, 1) for x in (q, k, v)), is_causal=True
+        )
+        torch.testing.assert_close(out[path], alone.transpose(0, 1), rtol=0, atol=1e-12)
+
+
+SHAPES = {
+    "one group": group(70, 45, [33, 60, 12]),
+    "single token": [[3]],
+    "one sequence": [list(range(200))],
+    "many roots": [[i] * (1 + i % 7) for i in range(90)],
+    "shorter than a tile": group(5, 2, [3, 4]),
+    "prefix of another": [[1, 2, 3], [1, 2, 3, 4, 5], [1], [1, 2, 9]],
+    # Masks packed in 64-bit words go wrong for siblings that start late in a block of 64 keys.
+    "siblings at offset 57": [list(range(57)) + [100 + i] * 40 for i in range(6)],
+    "siblings at offset 63": [list(range(63)) + [100 + i] * 3 for i in range(30)],
+    "long path": group(600, 300, [150, 90]),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_float32_is_as_exact_as_the_dense_formula(name):
+    ours, plain = compare(SHAPES[name])
+    assert all(x <= 2 * y + 4e-6 for x, y in zip(ours, plain)), (ours, plain)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 64), (6, 2, 96), (4, 1, 128), (2, 2, 256), (3, 3, 20)])
+def test_head_layouts(heads, kv_heads, dim):
+    ours, plain = compare(SHAPES["one group"], heads, kv_heads, dim)
+    assert all(x <= 2 * y + 4e-6 for x, y in zip(ours, plain)), (ours, plain)
+
+
+def test_scale_and_float64():
+    ours, _ = compare(SHAPES["one group"], dtype=torch.float64, scale=0.7)
+    assert max(ours) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_inputs_only_round_the_results(dtype):
+    # Nothing but the stored results is rounded: half a unit in the last place of numbers up to 4 (outputs) or 32.
+    ours, plain = compare(SHAPES["long path"], dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    assert ours[0] <= 2 * eps
+    assert all(x <= 2 * y + 16 * eps for x, y in zip(ours, plain)), (ours, plain)
+
+
+@pytest.mark.parametrize("constants", [{"BATCH_KEYS": 1}, {"MASK_CACHE_BYTES": 0}, {"SHORT_TILE": 5, "LONG_TILE": 5}])
+def test_tiling_does_not_change_the_result(constants, monkeypatch):
+    for name, value in constants.items():
+        monkeypatch.setattr(tiled, name, value)
+    ours, _ = compare(SHAPES["one group"], dtype=torch.float64)
+    assert max(ours) < 1e-12
+
+
+def test_matmul_form_of_other_devices(monkeypatch):
+    monkeypatch.setattr(tiled, "has_flash", lambda x: False)
+    ours, _ = compare(SHAPES["one group"], heads=6, kv_heads=2, dtype=torch.float64)
+    assert max(ours) < 1e-12
+
+
+def test_gradcheck():
+    tree = PrefixTree.from_sequences(group(4, 2, [3, 2]))
+    qkv, _ = inputs(len(tree), 4, 2, 3, torch.float64)
+    assert torch.autograd.gradcheck(lambda q, k, v: tree_attention(q, k, v, tree), qkv)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=90), min_size=1, max_size=12))
+def test_random_trees(sequences):
+    ours, _ = compare(sequences, heads=2, kv_heads=1, dim=4, dtype=torch.float64)
+    assert max(ours) < 1e-12
+
+
+def test_results_repeat_bit_by_bit_whatever_else_ran():
+    tree = PrefixTree.from_sequences(SHAPES["one group"])
+    (q, k, v), _ = inputs(len(tree), 4, 2, 16)
+    first = tree_attention(q, k, v, tree)
+    tree_attention(q.double(), k.double(), v.double(), tree)
+    assert torch.equal(first, tree_attention(q, k, v, tree))
+
+
+def test_non_contiguous_inputs():
+    tree = PrefixTree.from_sequences(SHAPES["one group"])
+    (q, k, v), _ = inputs(len(tree), 4, 2, 16)
+    strided = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+    assert torch.equal(tree_attention(*strided, tree), tree_attention(q, k, v, tree))
+
+
+def test_plan_is_made_once_and_dies_with_the_tree():
+    tree = PrefixTree.from_sequences(SHAPES["one group"])
+    assert tiled.plan_of(tree.subtree_end) is tiled.plan_of(tree.subtree_end)
+    n_plans = len(tiled._plans)
+    del tree
+    gc.collect()
+    assert len(tiled._plans) == n_plans - 1
+
+
+def test_bad_input_is_one_clear_error():
+    tree = PrefixTree.from_sequences([[1, 2, 3], [1, 4]])
+    (q, k, v), _ = inputs(4, 4, 2, 8)
+    with pytest.raises(ValueError, match="unknown backend 'sdpa'"):
+        tree_attention(q, k, v, tree, backend="sdpa")
+    for backend in ("triton", "flash"):
+        with pytest.raises(RuntimeError, match=f"no {backend} kernel"):
+            tree_attention(q, k, v, tree, backend=backend)
+    with pytest.raises(TypeError, match="one floating dtype"):
+        tree_attention(q, k, v.double(), tree)
+    with pytest.raises(ValueError, match="Hkv dividing Hq"):
+        tree_attention(q[:, :3], k, v, tree)
+    with pytest.raises(ValueError, match="k, v"):
+        tree_attention(q, k, v[..., :4], tree)
+    with pytest.raises(ValueError, match="3 rows but the tree has 4 tokens"):
+        tree_attention(q[:3], k[:3], v[:3], tree)
+    with pytest.raises(ValueError, match=r"on one device.*use tree.to"):
+        tree_attention(*(x.to("meta") for x in (q, k, v)), tree)
