@@ -1,0 +1,69 @@
+"""Training progress -> weights of the supervised term, as pure functions. Knows nothing of components or models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+REASONING_ANNEALS = ("segment", "linear", "none")
+
+
+def check_progress(progress: float) -> float:
+    """`progress` as a float; ValueError unless it lies in [0, 1] (0 = first optimiser step, 1 = the last)."""
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress={progress!r} must lie in [0, 1]: steps done / steps in the whole run")
+    return float(progress)
+
+
+def linear(start: float, end: float, progress: float) -> float:
+    """Straight line from `start` at progress 0 to `end` at progress 1 (scale annealing of tool calls)."""
+    return (1.0 - progress) * start + progress * end
+
+
+def supervised_segments(n: int, progress: float) -> int:
+    """How many of a reasoning block's `n` segments are still supervised: ceil((1 - s) n - 1e-9), all at 0, none at 1.
+
+    The 1e-9 keeps rounding from adding a segment: (1 - 0.7) * 10 is 3.0000000000000004 in floating point.
+    """
+    return max(0, math.ceil((1.0 - progress) * n - 1e-9))
+
+
+def segment_weights(segment: Sequence[int] | NDArray[np.int64], progress: float) -> NDArray[np.float64]:
+    """Segment annealing (DESIGN section 1): 1.0 on the supervised prefix of each reasoning block, 0.0 elsewhere.
+
+    `segment` [n]: index of each token's segment within its reasoning block, -1 outside. A block is a run of
+    non-negative entries; an index that falls starts the next block.
+    """
+    segment_n = np.asarray(segment, dtype=np.int64)
+    inside_n = segment_n >= 0
+    weight_n = np.zeros(len(segment_n))
+    if not inside_n.any():
+        return weight_n
+    before_n = np.concatenate(([-1], segment_n[:-1]))
+    starts_n = inside_n & ((before_n < 0) | (segment_n < before_n))
+    inner = segment_n[inside_n]
+    starts = np.flatnonzero(starts_n[inside_n])
+    segments_in_block = np.maximum.reduceat(inner, starts) + 1
+    kept = np.array([supervised_segments(int(n), progress) for n in segments_in_block])
+    block = np.cumsum(starts_n[inside_n]) - 1
+    weight_n[inside_n] = inner < kept[block]
+    return weight_n
+
+
+def reasoning_weights(
+    segment: Sequence[int] | NDArray[np.int64], progress: float, anneal: str = "segment"
+) -> NDArray[np.float64]:
+    """Weights [n] of reasoning tokens (segment >= 0) and 0.0 elsewhere.
+
+    anneal: "segment" (the paper: a shrinking prefix of whole segments), "linear" (every reasoning token at 1 - s),
+    "none" (every reasoning token at 1).
+    """
+    if anneal == "segment":
+        return segment_weights(segment, progress)
+    if anneal not in REASONING_ANNEALS:
+        raise ValueError(f"reasoning_anneal={anneal!r} is not one of {', '.join(REASONING_ANNEALS)}")
+    scale = linear(1.0, 0.0, progress) if anneal == "linear" else 1.0
+    return np.where(np.asarray(segment, dtype=np.int64) >= 0, scale, 0.0)
