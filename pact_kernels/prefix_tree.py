@@ -1,4 +1,4 @@
-"""PrefixTree: a radix tree of token ids, flattened so that one integer a token says who sees whom. Host side, no model."""
+"""PrefixTree: a radix tree of token ids, flattened so that one integer a token says who sees whom. Host side."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class PrefixTree:
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> PrefixTree:
-        """Build the tree of ``sequences``: lists of ints, integer arrays or integer tensors, 1-D, at least one token each.
+        """Build the tree of ``sequences``: lists of ints, integer arrays or tensors, each 1-D with at least one token.
 
         Raises:
             TypeError: a sequence that holds anything but integers.
@@ -135,14 +135,14 @@ def _as_array(sequence: Sequence[int] | np.ndarray | Tensor, s: int) -> np.ndarr
         sequence = sequence.detach().cpu().numpy()
     if not isinstance(sequence, np.ndarray):
         try:
-            return np.frombuffer(array("q", sequence), np.int64)
+            return np.frombuffer(array("q", sequence if isinstance(sequence, list) else list(sequence)), np.int64)
         except (TypeError, OverflowError) as error:
             raise TypeError(f"sequence {s} must be a 1-D sequence of token ids: {error}") from None
     if sequence.ndim != 1:
         raise ValueError(f"sequence {s} must be 1-D, got shape {list(sequence.shape)}")
     if sequence.dtype.kind not in "iu":
         raise TypeError(f"sequence {s} must hold integers, got {sequence.dtype}")
-    return sequence
+    return sequence.astype(np.int64, copy=False)
 
 
 def _lexicographic(ids: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

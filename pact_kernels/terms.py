@@ -23,7 +23,8 @@ class TokenTerms:
 
     Args:
         target: token id that the row predicts, integers of any width.
-        old_logp: log-prob (nats) under the policy of the ratio's denominator; not read on SFT rows.
+        old_logp: log-prob (nats) under the policy of the ratio's denominator; not read on SFT rows. None: on-policy,
+            the row's own log-prob without gradient, so every ratio is exactly 1.
         advantage: ``A``; not read on SFT rows.
         weight: component weight x branch weight / global denominator. Rows of weight 0 add nothing to loss or
             gradient, whatever else they hold; metrics still count them.
@@ -39,7 +40,7 @@ class TokenTerms:
     """
 
     target: Tensor
-    old_logp: Tensor
+    old_logp: Tensor | None
     advantage: Tensor
     weight: Tensor
     kind: Tensor
@@ -64,7 +65,7 @@ class TokenTerms:
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        optional = ("component", "ref_logp", "branch", "sequence")
+        optional = ("old_logp", "component", "ref_logp", "branch", "sequence")
         return {name: value for name, value in values.items() if value is not None or name not in optional}
 
     def _check_field(self, name: str, value: Tensor) -> None:

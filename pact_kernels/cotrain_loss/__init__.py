@@ -1,0 +1,1 @@
+"""The co-training loss on log-probs, and fused with the LM head."""

@@ -1,0 +1,141 @@
+"""linear_logprob: argument checks and choice of backend. Computes nothing itself."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pact_kernels.backend import resolve_backend
+from pact_kernels.linear_logprob.chunked import Head, LinearLogProb
+from pact_kernels.terms import LogProbs
+
+BUILT = ("torch",)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    backend: str = "auto",
+) -> LogProbs:
+    """Log-probs of target tokens under an LM head, and the entropies of those distributions, in nats.
+
+    ``u = hidden weight^T + bias``, ``z = softcap tanh(u / softcap) / temperature``, ``logp = log softmax(z)[target]``
+    (DESIGN section 2). Logits live in float32 a few rows at a time and are never kept: the backward recomputes them,
+    only for rows whose upstream gradients are not both exactly 0. Differentiable once, in hidden, weight and bias.
+
+    Args:
+        hidden: [R, H] float.
+        weight: [V, H], the dtype of hidden. Its gradient is accumulated in float32.
+        target: [N] integers in 0..V-1.
+        rows: [N] integers in 0..R-1, the row of hidden that predicts each target; they may repeat. None: N = R.
+        bias: [V], the dtype of hidden, or None.
+        temperature: positive number, or positive floats [N]; no gradient flows to it.
+        softcap: positive number, or None for no cap.
+        entropy: whether to compute the entropies as well.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Under autocast hidden, weight and bias may differ in dtype and are rounded to autocast's dtype here, inside the
+    operator; logits and accumulation stay float32.
+
+    Returns:
+        ``LogProbs(logp [N], entropy [N] or None)``, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: shapes, devices or values that do not fit.
+        RuntimeError: a backend that cannot run.
+    """
+    resolve_backend("linear_logprob", backend, BUILT)
+    head = check_head(hidden, weight, target, rows, bias, temperature, softcap)
+    logp, entropies = LinearLogProb.apply(*head.operands, head.softcap, head.operand_dtype, entropy)
+    return LogProbs(logp, entropies)
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> Head:
+    """The checked operands of one call; see ``linear_logprob`` for what is checked."""
+    operand_dtype = _check_operands(hidden, weight, bias)
+    if rows is None and target.shape != hidden.shape[:1]:
+        raise ValueError(f"target is {list(target.shape)} beside {hidden.shape[0]} hidden rows; pass rows to pair them")
+    _check_indices("target", target, weight.shape[0], "the vocabulary", hidden.device)
+    if rows is None:
+        rows = torch.arange(target.numel(), device=hidden.device)
+    _check_indices("rows", rows, hidden.shape[0], "the rows of hidden", hidden.device)
+    if rows.shape != target.shape:
+        raise ValueError(f"rows has shape {list(rows.shape)} but target has shape {list(target.shape)}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    inv_temperature = _inverse_temperature(temperature, target, operand_dtype)
+    return Head(hidden, weight, bias, target.long(), rows.long(), inv_temperature, softcap, operand_dtype)
+
+
+def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype the operands are rounded to."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [R, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}; "
+            "flatten batch dimensions first"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, operand in operands.items():
+        if not operand.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {operand.dtype}")
+        if operand.device != hidden.device:
+            raise ValueError(f"{name} is on {operand.device} but hidden is on {hidden.device}")
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    for name, operand in operands.items():
+        if operand.dtype != hidden.dtype:
+            raise TypeError(f"{name} is {operand.dtype} but hidden is {hidden.dtype}; cast one, or use torch.autocast")
+    return hidden.dtype
+
+
+def _check_indices(name: str, index: Tensor, stop: int, what: str, device: torch.device) -> None:
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(f"{name} must be 1-D, got shape {list(index.shape)}")
+    if index.device != device:
+        raise ValueError(f"{name} is on {index.device} but hidden is on {device}")
+    if index.numel() == 0:
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= stop:
+        raise ValueError(f"{name} must lie in 0..{stop - 1} ({what}), got {low if low < 0 else high}")
+
+
+def _inverse_temperature(temperature: float | Tensor, target: Tensor, operand_dtype: torch.dtype) -> Tensor | None:
+    """1 / temperature as [N] in the accumulation dtype, or None for the number 1."""
+    dtype = torch.float64 if operand_dtype == torch.float64 else torch.float32
+    if not isinstance(temperature, Tensor):
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if temperature == 1:
+            return None
+        return torch.full(target.shape, 1 / temperature, dtype=dtype, device=target.device)
+    if temperature.shape != target.shape or temperature.device != target.device:
+        raise ValueError(
+            f"temperature must be a number or [N] like target, got {list(temperature.shape)} on {temperature.device} "
+            f"beside {list(target.shape)} on {target.device}"
+        )
+    if not bool(((temperature > 0) & temperature.isfinite()).all()):
+        raise ValueError("temperature must be positive and finite in every row")
+    return temperature.detach().to(dtype).reciprocal()
