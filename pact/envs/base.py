@@ -15,7 +15,7 @@ class Task:
     """One prompt: ``messages`` and ``tools`` are what the policy sees, ``expert`` is the privileged trace.
 
     ``expert`` holds the assistant and tool messages that follow ``messages`` and end with the final answer, or None
-    where the task carries no trace. ``data`` is the environment's own record (answers, sources, world); it is never shown.
+    where the task carries no trace. ``data`` is the environment's own record (answers, sources); it is never shown.
     """
 
     id: str

@@ -73,13 +73,20 @@ class World:
 class Toybox:
     """The environment (`pact.envs.base.Environment`). All shares are probabilities in [0, 1].
 
-    ``train``, ``test``: tasks in each split; the splits share no prompt. ``hops``: smallest and largest number of facts to
-    chain. ``sources``: look-alike tools a relation, exactly one of which holds the fact. ``distractors``: tools of
-    relations the question does not need. ``flaky``: share of sources that are busy at their first call. ``arithmetic``:
-    share of numeric questions that ask for a sum, which takes one more tool. ``recovery_share``: share of traces with
-    a failed call, marked ``"supervised": False``, and its recovery. ``trace_share``: share of training tasks that
-    carry a trace. ``reward``: ``"outcome"`` is 1 for the right answer and 0 otherwise, ``"turn"`` the sum of the turn
-    rewards (the chain and the answer weigh one half each). Raises ValueError for a setting out of range.
+    Args:
+        train, test: tasks in each split; the splits share no prompt.
+        hops: smallest and largest number of facts to chain.
+        sources: look-alike tools a relation, exactly one of which holds the fact.
+        distractors: tools of relations the question does not need.
+        flaky: share of sources that are busy at their first call.
+        arithmetic: share of numeric questions that ask for a sum, which takes one more tool.
+        recovery_share: share of traces with a failed call, marked ``"supervised": False``, and its recovery.
+        trace_share: share of tasks that carry a trace.
+        reward: ``"outcome"`` is 1 for the right answer and 0 otherwise; ``"turn"`` the sum of the turn rewards, in which
+            the chain and the answer weigh one half each.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
     train: int = 2048
@@ -122,7 +129,7 @@ class Toybox:
         return ToyboxEpisode(task, self.reward)
 
     def tokenizer(self) -> Any:
-        """The toybox tokenizer, ready for training (`pact.envs.toybox_text.build_tokenizer`); the same for all settings."""
+        """The toybox tokenizer, ready for training; the same for all settings."""
         return toybox_text.build_tokenizer()
 
     # -- making tasks ------------------------------------------------------------------------------------------------
@@ -272,7 +279,7 @@ class ToyboxEpisode:
     def score(self, messages: list[Message]) -> Score:
         """Half for the chain (each needed observation once, in the turn that brought it), half for the right answer.
 
-        ``success`` is 1 when the last message is the assistant's, makes no call and is the answer, case and space aside.
+        ``success`` is 1 when the last message is the assistant's, makes no call and is the answer (any case).
         """
         needed = [json.dumps({hop.relation.name: hop.value}) for hop in self.world.hops]
         if self.world.addend is not None:

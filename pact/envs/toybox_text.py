@@ -5,6 +5,7 @@ It knows nothing of tasks or tools beyond the text it is trained on.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -14,28 +15,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 1024
+CORPUS = 300  # tasks in the tokenizer's text
+MIN_FREQUENCY = 20  # below this come pairs of syllables, which would make the spelling of a name ambiguous
 CONTROL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
-# What may become one token: the skeleton of the JSON around a key; a name, always without its spaces, so that it is the
-# same ids wherever it stands (a small model can then copy it); one digit; a word with its spaces; a run of signs.
+# What may become one token: the skeleton of the JSON around keys; a name, always without its spaces, so that it has the
+# same ids wherever it stands (a small model can then copy it); a digit; a word with its spaces; a run of signs.
 _KEYS = "type|function|name|description|parameters|properties|required|arguments"
-PIECES = rf'[{{}}\[\], "]*"(?:{_KEYS})": ?[{{\["]*|[A-Z][a-z]+|[A-Z]|\d| ?[a-z_]+ ?|\n|[^A-Za-z\d\n]+'
+PIECES = rf'(?:[{{}}\[\],":]*(?:{_KEYS})":[{{\["]*(?:object)?)+|[A-Z][a-z]+|[A-Z]|\d| ?[a-z_]+ ?|\n|[^A-Za-z\d\n]+'
 
 
-def train_bpe(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE over ``texts``: deterministic, and every string can be encoded."""
+def _train(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE over ``texts``: deterministic, and every string can be encoded and decoded."""
     tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(MARKUP),
-        min_frequency=100,  # below this come pairs of syllables, which would make the spelling of a name ambiguous
+        vocab_size=vocab_size - len(MARKUP),
+        min_frequency=MIN_FREQUENCY,
         special_tokens=list(CONTROL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -45,15 +46,27 @@ def train_bpe(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-@lru_cache(maxsize=1)
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of every toybox run, trained on 2,000 fixed tasks of all shapes (about a second)."""
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    from pact.envs.toybox import Toybox
-    from pact.trace import load_template, plain_trace
+    from pact.trace import prepare_tokenizer
 
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
+    return prepare_tokenizer(fast)
+
+
+@lru_cache(maxsize=1)
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of every toybox run, trained on fixed tasks of all shapes, rendered as the models will see them."""
+    from pact.envs.toybox import Toybox
+    from pact.trace import render_context, render_prompt, render_trace
+
+    spelling = _wrap(_train([], 256 + len(CONTROL) + len(MARKUP)))  # one token a byte: ids that decode to the text
     texts: list[str] = []
-    for task in Toybox(train=2000, seed=1, hops=(1, 3), flaky=0.1).tasks("train"):
-        ...
-    return PreTrainedTokenizerFast(tokenizer_object=train_bpe(texts), eos_token="<|im_end|>", pad_token="<|pad|>")
+    for task in Toybox(train=CORPUS, seed=1, hops=(1, 3), flaky=0.1).tasks("train"):
+        assert task.expert is not None
+        head, suffix = render_prompt(task.messages, task.tools, spelling)
+        trace = render_trace(task.expert, task.tools, spelling)
+        texts += (spelling.decode(ids) for ids in (head + suffix + trace.ids, render_context(task.expert, spelling)))
+    markers = re.compile("|".join(map(re.escape, CONTROL + MARKUP)))
+    return _wrap(_train([piece for text in texts for piece in markers.split(text) if piece], VOCAB_SIZE))
