@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pact_kernels.backend import resolve_backend
@@ -23,6 +24,7 @@ def tree_attention(
 
     Returns:
         [L, Hq, D] in the dtype of ``q``. Softmax and sums are in float32 for 16-bit inputs, float64 for float64.
+        Under autocast the inputs may differ in dtype and are rounded to autocast's dtype first, as torch's sdpa does.
 
     Raises:
         TypeError: inputs that are not of one floating dtype.
@@ -30,6 +32,8 @@ def tree_attention(
         RuntimeError: a backend that this build does not have.
     """
     resolve_backend("tree_attention", backend, ("torch",))
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, tree)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return TiledTreeAttention.apply(q, k, v, plan_of(tree.subtree_end), scale)

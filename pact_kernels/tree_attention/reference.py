@@ -15,7 +15,7 @@ def visible(subtree_end: Tensor) -> Tensor:
 def tree_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float | None = None
 ) -> Tensor:
-    """``softmax(scale q k^T + log visible) v`` for each head, in the dtype of the input; shapes as ``tree_attention``."""
+    """``softmax(scale q k^T + log visible) v`` for each head in the input's dtype; shapes as ``tree_attention``."""
     n_groups = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k_LHD, v_LHD = k.repeat_interleave(n_groups, dim=1), v.repeat_interleave(n_groups, dim=1)
