@@ -82,7 +82,7 @@ class Toybox:
         arithmetic: share of numeric questions that ask for a sum, which takes one more tool.
         recovery_share: share of traces with a failed call, marked ``"supervised": False``, and its recovery.
         trace_share: share of tasks that carry a trace.
-        reward: ``"outcome"`` is 1 for the right answer and 0 otherwise; ``"turn"`` the sum of the turn rewards, in which
+        reward: ``"outcome"`` is 1 for the right answer and 0 otherwise; ``"turn"`` the sum of the turn rewards, where
             the chain and the answer weigh one half each.
 
     Raises:

@@ -33,7 +33,9 @@ def test_same_settings_same_tasks_and_any_size():
 
 def test_splits_share_no_prompt(env):
     train, test = ({t.messages[0]["content"] for t in env.tasks(split)} for split in ("train", "test"))
-    assert train and test and not train & test
+    assert len(train) > 350
+    assert len(test) > 150
+    assert not train & test
 
 
 def test_expert_traces_solve_their_tasks_and_cut_traces_do_not(env):
@@ -70,7 +72,7 @@ def test_look_alike_sources_differ_in_their_name_alone_and_one_holds_the_fact(en
 
 
 def test_the_prompt_does_not_tell_the_right_source():
-    """Over many tasks the right source is first, second and third among its look-alikes equally often, as is its side."""
+    """Over many tasks the right source is first, second and third among its look-alikes equally often."""
     position, tasks = [0, 0, 0], Toybox(train=3000, hops=(1, 1)).tasks("train")
     for task in tasks:
         hop = task.data.hops[0]
