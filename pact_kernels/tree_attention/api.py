@@ -32,16 +32,16 @@ def tree_attention(
         RuntimeError: a backend that this build does not have.
     """
     resolve_backend("tree_attention", backend, ("torch",))
+    _check_layout(q, k, v, tree)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    _check(q, k, v, tree)
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise TypeError(f"tree_attention needs q, k, v of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return TiledTreeAttention.apply(q, k, v, plan_of(tree.subtree_end), scale)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree) -> None:
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise TypeError(f"tree_attention needs q, k, v of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+def _check_layout(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"tree_attention needs q [L, Hq, D] and k, v [L, Hkv, D] with Hkv dividing Hq, got {shapes}")
