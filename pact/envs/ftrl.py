@@ -1,0 +1,340 @@
+"""FTRL (arXiv 2508.08791): questions answered with real tools, each a piece of Python that runs in the sandbox.
+
+Reads the benchmark's items from Parquet or JSONL. It ships no data, and it never makes up reasoning for a trace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pact.envs.base import Message, Score, Task, ToolSchema
+from pact.messages import calls_of
+from pact.rewards import answer_f1, solve_metrics, strike
+from pact.sandbox import Sandbox, ToolResult
+
+_REQUIRED = ("messages", "tools", "codes", "unsolved_set", "answer")
+_JSON_TEXT = ("tools", "codes", "unsolved_set", "ground_truth")
+
+
+@dataclass(frozen=True)
+class FtrlItem:
+    """What the policy does not see: ``codes`` (tool name -> Python source), ``unsolved`` (tool name -> expected
+    answers) and the final ``answer``."""
+
+    codes: dict[str, str]
+    unsolved: dict[str, list[str]]
+    answer: str
+
+
+class Ftrl:
+    """The environment over one file of FTRL items.
+
+    A row has ``messages``, ``tools``, ``codes``, ``unsolved_set`` (the last three as JSON text) and ``answer``; it may
+    have ``split`` (without that column every row is "test") and ``ground_truth``. Task ids are ``ftrl/ROW``.
+
+    Expert traces come from the ``ground_truth`` column of the training file (JSON text: a list of ``{"name",
+    "parameters"}`` in order), or from a JSONL file ``traces`` with one object for each row of the data that has one:
+    ``row`` and either ``calls`` (a list of ``{"name", "arguments"}``, with ``observation`` and ``reasoning`` where they
+    are known) or ``messages`` (a whole trace); ``"complete": false`` leaves that row without a trace. Calls become a
+    trace as ``expert_from_calls`` says; those without an observation are executed, once, by ``tasks``.
+
+    Args:
+        path: the .parquet or .jsonl file.
+        traces: a JSONL file as above; "ground_truth": that column, which must be there; None: that column if it is.
+        timeout: wall-clock limit of one tool call, seconds.
+        workers: tool calls that may run at once, from threads; None: the number of cores, at most 8.
+        unsafe_no_isolation: run the tools without a sandbox (see ``pact.sandbox.Sandbox``).
+
+    Raises:
+        ValueError: a file, column or value that cannot be used; one line that says where and what to do.
+        RuntimeError: the sandbox cannot start.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        traces: str | Path | None = None,
+        timeout: float = 10.0,
+        workers: int | None = None,
+        unsafe_no_isolation: bool = False,
+    ) -> None:
+        if not path:
+            raise ValueError("ftrl needs the path of its data: a .parquet or .jsonl file of FTRL items")
+        self.path, self._timeout = Path(path), timeout
+        rows = _read_rows(self.path)
+        self._tasks = [_task(self._place(index), index, row) for index, row in enumerate(rows)]
+        self._traces = (
+            self._ground_truth(rows, traces) if traces in (None, "ground_truth") else self._trace_file(traces)
+        )
+        self._rows_of: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            self._rows_of.setdefault(str(row.get("split", "test")), []).append(index)
+        self._ready: dict[str, tuple[Task, ...]] = {}
+        self._workers = workers or min(os.cpu_count() or 1, 8)
+        self._sandbox = Sandbox(workers=self._workers, unsafe_no_isolation=unsafe_no_isolation)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of this file, in order of appearance."""
+        return tuple(self._rows_of)
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        """The tasks of ``split`` in file order. The first time, calls of traces without an observation are executed."""
+        if split not in self._rows_of:
+            raise ValueError(f"ftrl: {self.path} has no split {split!r}; it has: {', '.join(self._rows_of)}")
+        if split not in self._ready:
+            with ThreadPoolExecutor(self._workers) as pool:
+                self._ready[split] = tuple(pool.map(self._with_expert, self._rows_of[split]))
+        return self._ready[split]
+
+    def start(self, task: Task) -> FtrlEpisode:
+        """One attempt at ``task``."""
+        return FtrlEpisode(task, lambda name, arguments: self._execute(task.data, name, arguments).output)
+
+    def close(self) -> None:
+        """End the sandbox's processes."""
+        self._sandbox.close()
+
+    def _place(self, index: int) -> str:
+        return f"ftrl: {self.path}, row {index}"
+
+    def _execute(self, item: FtrlItem, name: str, arguments: dict[str, Any]) -> ToolResult:
+        if name not in item.codes:
+            reason = f"there is no tool of this name; the tools are {', '.join(item.codes)}"
+            return ToolResult(False, f"an error occured when call {name}: {reason}", reason)
+        return self._sandbox.call(item.codes[name], name, arguments, self._timeout)
+
+    def _with_expert(self, index: int) -> Task:
+        task, trace = self._tasks[index], self._traces.get(index)
+        if trace is None:
+            return task
+        if "messages" in trace:
+            return replace(task, expert=trace["messages"])
+        tagged = "<answer>" in task.messages[-1]["content"]
+        answer = f"<answer>{task.data.answer}</answer>" if tagged else task.data.answer
+        expert = expert_from_calls(trace["calls"], answer, lambda name, given: self._execute(task.data, name, given))
+        return replace(task, expert=expert)
+
+    def _ground_truth(self, rows: list[dict[str, Any]], asked: str | Path | None) -> dict[int, dict[str, Any]]:
+        if asked is not None and not any("ground_truth" in row for row in rows):
+            raise ValueError(
+                f"ftrl: {self.path} has no ground_truth column: give traces=FILE.jsonl, or leave traces out"
+            )
+        return {
+            index: {"calls": _calls(self._place(index), _json(self._place(index), row, "ground_truth"))}
+            for index, row in enumerate(rows)
+            if row.get("ground_truth") is not None
+        }
+
+    def _trace_file(self, path: str | Path) -> dict[int, dict[str, Any]]:
+        traces: dict[int, dict[str, Any]] = {}
+        for line, trace in enumerate(_read_jsonl(Path(path)), start=1):
+            place, row = f"ftrl traces: {path}, line {line}", trace.get("row")
+            if not isinstance(row, int) or not 0 <= row < len(self._tasks):
+                raise ValueError(f"{place}: row is {row!r}, but {self.path} has rows 0..{len(self._tasks) - 1}")
+            if row in traces:
+                raise ValueError(f"{place}: a second trace for row {row}; keep one a row")
+            if not trace.get("complete", True):
+                continue
+            if isinstance(trace.get("messages"), list):
+                traces[row] = {"messages": trace["messages"]}
+            elif "calls" in trace:
+                traces[row] = {"calls": _calls(place, trace["calls"])}
+            else:
+                raise ValueError(f"{place}: neither calls nor messages; a trace needs one of them")
+        return traces
+
+
+class FtrlEpisode:
+    """One attempt. Calls are independent of each other; the score is a function of the messages alone."""
+
+    def __init__(self, task: Task, execute: Callable[[str, dict[str, Any]], str]) -> None:
+        self._task, self._execute = task, execute
+
+    @property
+    def tools(self) -> list[ToolSchema]:
+        return self._task.tools
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """Run the tool; any failure, an unknown name included, is a text `an error occured when call NAME: REASON`."""
+        return self._execute(name, arguments)
+
+    def user_turn(self) -> None:
+        """FTRL has one user message: the episode ends with the assistant's answer."""
+        return None
+
+    def score(self, messages: list[Message]) -> Score:
+        """FTRL's solve_p, solve_r, solve_f1; the reward is solve_f1.
+
+        Every call of an assistant message counts, and may strike one expected answer of its own tool with the tool
+        message that answers it (the k-th call of a turn with the k-th tool message after it). Text inside an
+        observation is never read as a call or an answer. Turn reward: the share of the turn's calls that struck; of a
+        turn without calls, the answer F1 of its ``<answer>`` text.
+        """
+        item: FtrlItem = self._task.data
+        unsolved = deepcopy(item.unsolved)
+        n_calls, turn_rewards = 0, []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            calls = calls_of(message)
+            struck = [
+                strike(unsolved, name, observation) for name, observation in _answered(calls, messages[index + 1 :])
+            ]
+            n_calls += len(calls)
+            turn_rewards.append(sum(struck) / len(calls) if calls else answer_f1(message["content"] or "", item.answer))
+        expected, still_open = _count(item.unsolved), _count(unsolved)
+        metrics = solve_metrics(expected - still_open, n_calls, expected)
+        return Score(metrics["solve_f1"], turn_rewards, metrics)
+
+    def close(self) -> None:
+        """Nothing to release: the sandbox belongs to the environment."""
+
+
+def expert_from_calls(
+    calls: Sequence[Mapping[str, Any]], answer: str, execute: Callable[[str, dict[str, Any]], ToolResult]
+) -> list[Message]:
+    """An expert trace from reference calls: one call a turn, its observation, and the answer last.
+
+    Args:
+        calls: ``{"name", "arguments"}`` in order, with ``observation`` (else ``execute`` gives it) and ``reasoning``
+            where they are known. A turn without given reasoning has none: nothing is made up.
+        answer: content of the last message.
+        execute: runs a call.
+
+    Returns:
+        Messages as in ``Task.expert``. A call that fails keeps its place but is marked ``"supervised": False``.
+    """
+    messages: list[Message] = []
+    for call in calls:
+        name, arguments, observation = call["name"], call["arguments"], call.get("observation")
+        if observation is None:
+            result = execute(name, arguments)
+            observation, ok = result.output, result.ok
+        else:
+            ok = not observation.startswith("an error occured when call")
+        function = {"name": name, "arguments": arguments}
+        turn: Message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        if call.get("reasoning"):
+            turn["reasoning_content"] = call["reasoning"]
+        if not ok:
+            turn["supervised"] = False
+        messages += [turn, {"role": "tool", "name": name, "content": observation}]
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _answered(calls: list[dict[str, Any]], following: list[Message]) -> list[tuple[str, str]]:
+    """(tool name, observation) of the calls of one turn that were answered before the next assistant message."""
+    observations = []
+    for message in following:
+        if message["role"] == "assistant":
+            break
+        if message["role"] == "tool":
+            observations.append(message["content"])
+    return [(call["name"], observation) for call, observation in zip(calls, observations, strict=False)]
+
+
+def _count(unsolved: dict[str, list[str]]) -> int:
+    return sum(len(answers) for answers in unsolved.values())
+
+
+def _task(place: str, index: int, row: dict[str, Any]) -> Task:
+    missing = [column for column in _REQUIRED if row.get(column) is None]
+    if missing:
+        raise ValueError(f"{place}: no {', '.join(missing)}; an FTRL row needs {', '.join(_REQUIRED)}")
+    tools, codes, unsolved = (_json(place, row, column) for column in ("tools", "codes", "unsolved_set"))
+    messages = [{key: value for key, value in message.items() if value is not None} for message in row["messages"]]
+    if not messages or messages[-1].get("role") != "user":
+        raise ValueError(f"{place}: messages must end with a user message, the question")
+    if not isinstance(tools, list) or not isinstance(codes, dict):
+        raise ValueError(f"{place}: tools must be a JSON list and codes a JSON object")
+    if not isinstance(unsolved, dict) or not all(isinstance(answers, list) for answers in unsolved.values()):
+        raise ValueError(f"{place}: unsolved_set must be a JSON object of lists of expected answers")
+    if _count(unsolved) == 0:
+        raise ValueError(f"{place}: unsolved_set has no expected answer, so no attempt can be scored; drop the row")
+    return Task(f"ftrl/{index}", messages, tools, data=FtrlItem(codes, unsolved, row["answer"]))
+
+
+def _calls(place: str, value: Any) -> list[dict[str, Any]]:
+    """Calls of a trace in our form; ``parameters`` (FTRL's name) and JSON text are accepted for ``arguments``."""
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
+        if isinstance(arguments, str):
+            arguments = _json(place, {"arguments": arguments}, "arguments")
+        if not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
+            raise ValueError(
+                f'{place}: a trace is a list of {{"name": text, "arguments": object}}, got {str(call)[:80]}'
+            )
+        kept = {key: call[key] for key in ("observation", "reasoning") if call.get(key) is not None}
+        calls.append({"name": call["name"], "arguments": arguments, **kept})
+    return calls
+
+
+def _json(place: str, row: dict[str, Any], column: str) -> Any:
+    value = row[column]
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: {column} is not valid JSON ({error})") from None
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"ftrl: there is no file {path}; give the .parquet or .jsonl file of FTRL items")
+    if path.suffix == ".parquet":
+        rows = _read_parquet(path)
+    elif path.suffix == ".jsonl":
+        rows = _read_jsonl(path)
+    else:
+        raise ValueError(f"ftrl: {path} is neither .parquet nor .jsonl; convert it to one of them")
+    if not rows:
+        raise ValueError(f"ftrl: {path} holds no rows")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow  # here, so that JSONL works without it
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"ftrl: {path} is not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    missing = [column for column in _REQUIRED if column not in table.column_names]
+    if missing:
+        raise ValueError(f"ftrl: {path} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+    for column in set(_JSON_TEXT) & set(table.column_names):
+        kind = table.schema.field(column).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            # A Parquet struct gives every call the arguments of all others, as nulls.
+            raise ValueError(f"ftrl: {path}, column {column} has type {kind}; store it as JSON text")
+    return table.to_pylist()
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"ftrl: there is no file {path}")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"ftrl: {path}, line {number} is not valid JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"ftrl: {path}, line {number} is not a JSON object")
+            rows.append(row)
+    return rows

@@ -1,0 +1,309 @@
+"""Runs untrusted Python tools: every call in a fresh process behind bubblewrap, on an empty root, with resource limits.
+
+It says below what it does not cover, and it does not decide what a tool's answer is worth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pact import sandbox_worker as wire
+
+_GRACE = 5.0  # seconds beyond a call's own limit after which the worker itself counts as hung
+_START = 60.0  # seconds a worker may take to start
+_REQUEST_BYTES = 1 << 24
+_MEND = (
+    "or pass unsafe_no_isolation=True to run tools with resource limits only, free to read files and use the network"
+)
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """``output``: the observation; of a failed call it starts `an error occured when call`. ``error``: its reason."""
+
+    ok: bool
+    output: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SandboxLimits:
+    """Of one call. ``memory_bytes``: address space. ``output_bytes``: of the result in UTF-8; a longer one fails.
+    ``scratch_bytes``: of /tmp. ``open_files``: file descriptors."""
+
+    memory_bytes: int = 512 << 20
+    output_bytes: int = 1 << 20
+    scratch_bytes: int = 16 << 20
+    open_files: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"sandbox limit {name} must be a positive integer, got {value!r}")
+
+
+class _WorkerLost(Exception):
+    """The worker ended before it answered."""
+
+
+class Sandbox:
+    """Calls functions of untrusted Python source.
+
+    A long-lived worker sits behind bubblewrap and forks one child a call, so a call costs milliseconds and no state
+    passes from one to the next. The child sees a read-only root with /usr, the interpreter's standard library and an
+    empty /tmp (wiped after every call; read-only with bubblewrap older than 0.7, which cannot bound its size); no
+    network, no environment variables, no /proc, no site-packages, no capabilities. A system call filter refuses it new
+    processes, threads and programs, signals and tracing. Memory, output, files, CPU time and wall clock are limited.
+    Hashes and ``random`` are seeded alike in every call, so that a result repeats.
+
+    Not covered: holes in the kernel; timing channels; a tool that slows its neighbours by using a full core until its
+    time is up; System V memory and sockets it leaves in its worker's own namespaces; what the standard library and /usr
+    of this machine contain (readable); threads and third-party packages (a tool that needs them fails).
+
+    Args:
+        workers: how many calls may run at once, from threads; ``call`` waits for a free one.
+        unsafe_no_isolation: run without bubblewrap and without the system call filter, with resource limits only: the
+            tools read and write this user's files and use the network.
+        **limits: fields of ``SandboxLimits``.
+
+    Raises:
+        RuntimeError: bubblewrap is missing or cannot start here; the message holds the mend.
+        ValueError, TypeError: a limit that cannot be, or an unknown one.
+    """
+
+    def __init__(self, *, workers: int = 1, unsafe_no_isolation: bool = False, **limits: int) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.limits = SandboxLimits(**limits)
+        self._workers = workers
+        self._command = _command(self.limits, isolated=not unsafe_no_isolation)
+        self._open_pool()
+        self._slots.put(
+            self._start(self._slots.get())
+        )  # a sandbox that cannot start says so now, not at the first call
+
+    def call(self, source: str, name: str, arguments: dict[str, Any], timeout: float = 10.0) -> ToolResult:
+        """Execute ``source`` as one module, with ``datetime`` (the class) at hand, and call its function ``name``.
+
+        A dict or list becomes JSON (``ensure_ascii=False``), anything else ``str``. Whatever the tool does is a result,
+        never an exception: failures read `an error occured when call NAME: REASON` (FTRL's wording). A call whose
+        worker was lost is repeated once on a new one.
+
+        Args:
+            arguments: the keyword arguments; JSON values only.
+            timeout: wall-clock limit in seconds.
+
+        Raises:
+            ValueError: the timeout is not a positive number of seconds.
+            RuntimeError: the sandbox is closed, or a lost worker cannot be replaced.
+        """
+        if not (math.isfinite(timeout) and timeout > 0):
+            raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
+        if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+            return _failure(name, "the arguments must be a JSON object")
+        try:
+            request = json.dumps({"source": source, "name": name, "arguments": arguments}).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            return _failure(name, f"the arguments are not JSON: {error}")
+        if len(request) > _REQUEST_BYTES:
+            return _failure(name, f"source and arguments have {len(request)} bytes, over the limit of {_REQUEST_BYTES}")
+        for _ in range(2):
+            with contextlib.suppress(_WorkerLost):
+                status, text = self._request(request, timeout)
+                if status == wire.OK:
+                    return ToolResult(True, text)
+                return _failure(name, text if status == wire.FAILED else f"timed out after {timeout:g} seconds")
+        return _failure(name, "it ended the sandbox worker")
+
+    def close(self) -> None:
+        """End the workers, each after the call it is in; later calls raise RuntimeError."""
+        self._finalizer()  # the starting thread stays: its end would end the calls under way
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_pool(self) -> None:
+        self._process_id = os.getpid()
+        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(self._workers):
+            self._slots.put(None)
+        # bubblewrap ends its sandbox with the THREAD that started it, so all are started by one that stays.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="pact-sandbox")
+        self._finalizer = weakref.finalize(self, _end_idle, self._slots, self._process_id)
+
+    def _request(self, request: bytes, timeout: float) -> tuple[int, str]:
+        if self._process_id != os.getpid():
+            self._open_pool()  # after a fork: the workers belong to the parent
+        slot = self._slots.get()
+        try:
+            if not self._finalizer.alive:
+                raise RuntimeError("this sandbox is closed")
+            slot = self._start(slot)
+            return slot.request(request, timeout)
+        except BaseException as error:
+            if slot is not None:
+                slot.kill()
+            slot = None
+            if isinstance(error, TimeoutError):
+                return wire.TIMED_OUT, ""
+            raise
+        finally:
+            if slot is not None and not self._finalizer.alive:  # closed while this call ran
+                slot.kill()
+                slot = None
+            self._slots.put(slot)
+
+    def _start(self, slot: _Worker | None) -> _Worker:
+        if slot is not None and slot.alive():
+            return slot
+        return self._starter.submit(_Worker, self._command, self.limits.output_bytes).result()
+
+
+class _Worker:
+    """The near end of one ``sandbox_worker`` process."""
+
+    def __init__(self, command: list[str], output_bytes: int) -> None:
+        self._output_bytes = output_bytes
+        self._channel, far_end = socket.socketpair()
+        # A session of its own: an interrupt at the terminal is ours to handle. The environment is nearly empty.
+        with far_end, tempfile.TemporaryFile() as stderr:
+            self._process = subprocess.Popen(
+                command,
+                stdin=far_end.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                cwd="/",
+                env={"PYTHONHASHSEED": "0"},
+                start_new_session=True,
+            )
+            far_end.close()
+            try:
+                status, text = self._receive(time.monotonic() + _START)
+            except (_WorkerLost, TimeoutError):
+                status, text = wire.BROKEN, ""
+            if status != wire.READY:
+                self.kill()
+                stderr.seek(0)
+                lines = stderr.read().decode("utf-8", "replace").strip().splitlines()
+                raise RuntimeError(
+                    f"the sandbox cannot start ({text or (lines or ['no message'])[-1]}): allow user namespaces here "
+                    f"(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone or "
+                    f"kernel.apparmor_restrict_unprivileged_userns; in a container, its security options), {_MEND}"
+                )
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def request(self, request: bytes, timeout: float) -> tuple[int, str]:
+        """Raises _WorkerLost, or TimeoutError when the worker does not keep the call's limit."""
+        deadline = time.monotonic() + timeout + _GRACE
+        try:
+            self._channel.settimeout(timeout + _GRACE)
+            self._channel.sendall(wire.REQUEST.pack(timeout, len(request)) + request)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise _WorkerLost from error
+        return self._receive(deadline)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._channel.close()
+
+    def _receive(self, deadline: float) -> tuple[int, str]:
+        status, length = wire.REPLY.unpack(self._read(wire.REPLY.size, deadline))
+        if length > self._output_bytes + 1024:  # more than the worker's own messages: not our worker any more
+            raise _WorkerLost
+        return status, self._read(length, deadline).decode("utf-8", "replace")
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            self._channel.settimeout(max(deadline - time.monotonic(), 1e-3))
+            try:
+                chunk = self._channel.recv(size - len(data))
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise _WorkerLost from error
+            if not chunk:
+                raise _WorkerLost
+            data += chunk
+        return bytes(data)
+
+
+def _end_idle(slots: queue.LifoQueue[_Worker | None], owner: int) -> None:
+    if os.getpid() != owner:  # a forked copy on its way out: the workers are not its own
+        return
+    idle = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            idle.append(slots.get_nowait())
+    for worker in idle:
+        if worker is not None:
+            worker.kill()
+        slots.put(None)
+
+
+def _failure(name: str, reason: str) -> ToolResult:
+    return ToolResult(False, f"an error occured when call {name}: {reason}", reason)
+
+
+def _command(limits: SandboxLimits, isolated: bool) -> list[str]:
+    """The worker's command line: the interpreter on its standard library alone, behind bubblewrap when isolated."""
+    script, interpreter = Path(wire.__file__).resolve(), Path(sys.executable).resolve()
+    config = {**asdict(limits), "isolated": isolated, "scratch": None}
+    if not isolated:
+        return [str(interpreter), "-B", "-S", "-s", "-P", str(script), json.dumps(config)]
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise RuntimeError(f"the sandbox needs bubblewrap: install it (Debian: apt-get install bubblewrap), {_MEND}")
+    walls = [bwrap, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+    walls += ["--die-with-parent", "--new-session"]
+    for path in _needed_paths(interpreter):
+        walls += (
+            ["--symlink", os.readlink(path), str(path)] if path.is_symlink() else ["--ro-bind", str(path), str(path)]
+        )
+    walls += ["--ro-bind", str(script), "/worker.py", "--dev", "/dev"]
+    if _version(bwrap) >= (0, 7):
+        walls += ["--size", str(limits.scratch_bytes), "--tmpfs", "/tmp"]
+        config["scratch"] = "/tmp"
+    walls += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
+    return [*walls, str(interpreter), "-B", "-S", "-s", "-P", "/worker.py", json.dumps(config)]
+
+
+def _needed_paths(interpreter: Path) -> list[Path]:
+    """/usr, the loader's folders, and interpreter, standard library and shared libraries where they lie elsewhere."""
+    base = {"installed_base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # not a virtual environment's own
+    own = [interpreter, *(Path(sysconfig.get_path(name, vars=base)).resolve() for name in ("stdlib", "platstdlib"))]
+    libraries = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib").resolve()
+    own += sorted(libraries.glob("*.so*")) if libraries.is_dir() else []
+    system = [path for path in map(Path, ("/usr", "/lib", "/lib64")) if path.exists()]
+    return system + [path for path in dict.fromkeys(own) if not path.is_relative_to("/usr")]
+
+
+def _version(bwrap: str) -> tuple[int, ...]:
+    text = subprocess.run([bwrap, "--version"], capture_output=True, text=True, check=False).stdout
+    return tuple(int(part) for part in text.split()[-1].split(".")[:2]) if text.strip() else (0, 0)
