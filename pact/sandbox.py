@@ -79,8 +79,8 @@ class Sandbox:
 
     Args:
         workers: how many calls may run at once, from threads; ``call`` waits for a free one.
-        unsafe_no_isolation: run without bubblewrap and without the system call filter, with resource limits only: the
-            tools read and write this user's files and use the network.
+        unsafe_no_isolation: run without bubblewrap: the tools read and write this user's files and use the network.
+            Resource limits and system call filter stay.
         **limits: fields of ``SandboxLimits``.
 
     Raises:
@@ -203,10 +203,12 @@ class _Worker:
                 status, text = wire.BROKEN, ""
             if status != wire.READY:
                 self.kill()
+                if text:
+                    raise RuntimeError(f"the sandbox cannot start: {text}")
                 stderr.seek(0)
                 lines = stderr.read().decode("utf-8", "replace").strip().splitlines()
                 raise RuntimeError(
-                    f"the sandbox cannot start ({text or (lines or ['no message'])[-1]}): allow user namespaces here "
+                    f"the sandbox cannot start ({(lines or ['no message'])[-1]}): allow user namespaces here "
                     f"(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone or "
                     f"kernel.apparmor_restrict_unprivileged_userns; in a container, its security options), {_MEND}"
                 )
@@ -274,7 +276,7 @@ def _failure(name: str, reason: str) -> ToolResult:
 def _command(limits: SandboxLimits, isolated: bool) -> list[str]:
     """The worker's command line: the interpreter on its standard library alone, behind bubblewrap when isolated."""
     script, interpreter = Path(wire.__file__).resolve(), Path(sys.executable).resolve()
-    config = {**asdict(limits), "isolated": isolated, "scratch": None}
+    config = {**asdict(limits), "scratch": None}
     if not isolated:
         return [str(interpreter), "-B", "-S", "-s", "-P", str(script), json.dumps(config)]
     bwrap = shutil.which("bwrap")

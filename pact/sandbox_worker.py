@@ -70,8 +70,8 @@ class SyscallFilter:
         self._prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def install(self) -> None:
-        set_seccomp, mode_filter = 22, 2
-        if self._prctl(set_seccomp, mode_filter, self._program, 0, 0):
+        set_seccomp, mode_filter, no_new_privileges = 22, 2, 38
+        if self._prctl(no_new_privileges, 1, 0, 0, 0) or self._prctl(set_seccomp, mode_filter, self._program, 0, 0):
             raise OSError(ctypes.get_errno(), "the kernel declines the system call filter")
 
 
@@ -93,14 +93,13 @@ class Worker:
 
     def __init__(self, channel: socket.socket, config: dict[str, Any]) -> None:
         self.channel, self.config = channel, config
-        self.filter = SyscallFilter() if config["isolated"] else None
+        self.filter = SyscallFilter()
 
     def serve(self) -> None:
-        if self.filter is not None:
-            probe = {"source": _PROBE, "name": "probe", "arguments": {}}
-            status, text = self.run(json.dumps(probe).encode(), 30.0)
-            if (status, text) != (OK, b"refused"):
-                raise OSError(f"the system call filter does not hold: {text.decode()}")
+        probe = {"source": _PROBE, "name": "probe", "arguments": {}}
+        status, text = self.run(json.dumps(probe).encode(), 30.0)
+        if (status, text) != (OK, b"refused"):
+            raise OSError(f"the system call filter does not hold: {text.decode()}")
         self._reply(READY, b"")
         while header := self._read(REQUEST.size):
             timeout, length = REQUEST.unpack(header)
@@ -166,8 +165,7 @@ class Worker:
             hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(kind, (value, value))
-        if self.filter is not None:
-            self.filter.install()
+        self.filter.install()
 
     def _collect(self, fd: int, deadline: float) -> bytes | None:
         """What the child wrote until it closed the pipe, cut just over the limit; None when the time is up."""
@@ -212,6 +210,8 @@ class Worker:
 def main() -> None:
     config = json.loads(sys.argv[1])
     channel = socket.socket(fileno=os.dup(0))
+    # What this first call touches is in memory for every child: it halves the cost of a call.
+    invoke({"source": "def warm():\n    return {'é': 1}\n", "name": "warm", "arguments": {}})
     gc.freeze()
     try:
         Worker(channel, config).serve()

@@ -276,8 +276,11 @@ def test_processes_end_with_their_owner():
     assert not os.path.exists(f"/proc/{pid}")
 
 
-def test_without_isolation_the_resource_limits_remain():
+def test_without_isolation_limits_and_filter_remain(tmp_path):
     with Sandbox(unsafe_no_isolation=True) as sandbox:
+        write = "open(given['path'], 'w').write('x')\nreturn 'written'"
+        assert run(sandbox, write, path=str(tmp_path / "x")).output == "written"
+        assert "not permitted" in run(sandbox, "import os\nwhile True: os.fork()").error
         assert run(sandbox, "return given", a=1).output == '{"a": 1}'
         assert run(sandbox, "while True: pass", timeout=0.3).error == "timed out after 0.3 seconds"
         assert run(sandbox, "return len(bytearray(1 << 30))").error == "MemoryError"
