@@ -17,7 +17,6 @@ from pact.envs import toybox_text
 from pact.envs.base import Message, Score, Task, ToolSchema
 
 SIDES = ("north", "south", "east", "west", "upper", "lower")
-ONSETS, VOWELS, CODAS = "bdfgklmnprstvz", "aeiou", "lnrs"
 TEST_SHARE = 5  # start names with crc32 % 5 == 0 belong to the test split, so no prompt is ever in both
 
 
@@ -230,9 +229,23 @@ def schema(tool: str, relation: Relation) -> ToolSchema:
 
 
 def name(rng: random.Random, kind: str) -> str:
-    """A made-up name; companies and cities carry an ending of their own."""
-    word = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(2)) + rng.choice(CODAS)
-    return (word + {"person": "", "company": "co", "city": "burg"}[kind]).capitalize()
+    """One of the names of a kind; companies and cities carry an ending of their own."""
+    return rng.choice(NAMES[kind])
+
+
+def _names() -> dict[str, list[str]]:
+    """A hundred made-up names a kind: few enough for a token each, so that a small model can learn to copy them."""
+    rng = random.Random("toybox/names")
+    syllables = [onset + vowel for onset in "bdfgklmnprstvz" for vowel in "aeiou"]
+    words = sorted({"".join(rng.sample(syllables, 2)) for _ in range(400)})[:: 400 // 320]
+    rng.shuffle(words)
+    endings = {"person": "n", "company": "co", "city": "burg"}
+    return {
+        kind: [(word + end).capitalize() for word in words[i::3][:100]] for i, (kind, end) in enumerate(endings.items())
+    }
+
+
+NAMES = _names()
 
 
 def question(world: World) -> str:

@@ -14,14 +14,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 1536
 CORPUS = 300  # tasks in the tokenizer's text
-MIN_FREQUENCY = 20  # below this come pairs of syllables, which would make the spelling of a name ambiguous
+MIN_FREQUENCY = 20  # rarer pieces are not worth a token
 CONTROL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
-# What may become one token: the skeleton of the JSON around keys; a name, always without its spaces, so that it has the
-# same ids wherever it stands (a small model can then copy it); a digit; a word with its spaces; a run of signs.
+# What may become one token: the skeleton of the JSON around keys; a name, always without its spaces, so that it is
+# the same wherever it stands (a small model can then copy it); a digit; a word with its spaces; a run of signs.
 _KEYS = "type|function|name|description|parameters|properties|required|arguments"
 PIECES = rf'(?:[{{}}\[\],":]*(?:{_KEYS})":[{{\["]*(?:object)?)+|[A-Z][a-z]+|[A-Z]|\d| ?[a-z_]+ ?|\n|[^A-Za-z\d\n]+'
 
@@ -58,11 +58,11 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 @lru_cache(maxsize=1)
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of every toybox run, trained on fixed tasks of all shapes, rendered as the models will see them."""
-    from pact.envs.toybox import Toybox
+    from pact.envs.toybox import NAMES, Toybox
     from pact.trace import render_context, render_prompt, render_trace
 
     spelling = _wrap(_train([], 256 + len(CONTROL) + len(MARKUP)))  # one token a byte: ids that decode to the text
-    texts: list[str] = []
+    texts = [name for names in NAMES.values() for name in names] * MIN_FREQUENCY  # so that each becomes one token
     for task in Toybox(train=CORPUS, seed=1, hops=(1, 3), flaky=0.1).tasks("train"):
         assert task.expert is not None
         head, suffix = render_prompt(task.messages, task.tools, spelling)
