@@ -1,0 +1,277 @@
+"""The settings of a training run and how YAML and command line fill them. Builds no model and starts no run.
+
+Precedence: command line over YAML over defaults. Every setting is a field of one of four dataclasses, so a YAML key, a
+flag (``--max_steps`` or ``--max-steps``) and a Python keyword have one name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from pact.objective import PactConfig
+
+SCRATCH = "toybox"  # the value of --model that stands for "build it from model_config"
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which policy is trained."""
+
+    model: str | None = _help(f"folder of a Hugging Face causal LM, or '{SCRATCH}': a new model of model_config", None)
+    model_config: dict | str | None = field(
+        default=None, metadata={"help": "scratch model: keys of its transformers config (default: a tiny Qwen3)"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _help(
+        "dtype of the weights; auto: as the folder stores them", "float32"
+    )
+
+    def __post_init__(self) -> None:
+        self.model_config = as_dict("model_config", self.model_config)
+
+
+@dataclass
+class EnvArguments:
+    """Where the tasks come from."""
+
+    env: str = _help("environment: toybox, ftrl, ...", "toybox")
+    data: str | None = _help("file with the environment's items (its option path)", None)
+    traces: str | None = _help("file with expert traces (its option traces)", None)
+    env_options: dict | str | None = field(
+        default=None,
+        metadata={"help": "further options of the environment, JSON; one of them: --env_options.NAME VALUE"},
+    )
+    train_split: str | None = _help("split trained on (default: train; test where there is no train split)", None)
+    eval_split: str = _help("split evaluated on", "test")
+
+    def __post_init__(self) -> None:
+        self.env_options = as_dict("env_options", self.env_options)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `pact.envs.make`."""
+        named = {"path": self.data, "traces": self.traces}
+        return {k: v for k, v in named.items() if v is not None} | dict(as_dict("env_options", self.env_options))
+
+
+@dataclass
+class PactTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with PACT's own settings; its fields keep their meaning, with these remarks.
+
+    ``per_device_train_batch_size`` counts prompts, ``gradient_accumulation_steps`` x ``per_device_train_batch_size`` x
+    processes of them make one optimiser step, ``eval_steps`` are optimiser steps. Raises ValueError for a setting out
+    of range.
+    """
+
+    num_rollouts: int = _help("rollouts a prompt", 8)
+    rollout_batch_steps: int = _help("optimiser steps on one batch of rollouts; 1 is on-policy", 1)
+    generation_batch_size: int = _help("episodes generated together", 256)
+    top_p: float = _help("nucleus of the sampled rollouts; the temperature is that of the objective", 1.0)
+    max_turns: int = _help("assistant turns an episode", 10)
+    max_turn_tokens: int = _help("sampled tokens a turn", 512)
+    max_response_tokens: int = _help("tokens after the prompt, observations included", 4096)
+    max_prompt_tokens: int | None = _help("longest prompt (default: what the context leaves for one turn)", None)
+    overlong_prompts: Literal["error", "drop"] = _help("what to do with prompts over max_prompt_tokens", "error")
+    advantage: Literal["grpo", "dr_grpo", "rloo", "dual_level", "turn_level"] = _help("advantage estimator", "grpo")
+    turn_discount: float = _help("gamma of the turn-level returns", 0.9)
+    dual_combine: Literal["sum", "mean"] = _help("dual_level: how trajectory and turn parts are combined", "sum")
+    latent_trace_steps: int = _help("log the latent-trace terms every this many steps; 0: never", 0)
+    eval_tasks: int = _help("test tasks of an evaluation; 0: no evaluation", 0)
+
+    warm_start_steps: int = _help("optimiser steps of supervised warm start on the traces; 0: none", 0)
+    warm_start_lr: float = _help("peak learning rate of the warm start", 1e-5)
+    warm_start_lr_scheduler_type: str = _help("its schedule", "cosine")
+    warm_start_warmup_steps: int = _help("its linear warm-up", 0)
+    warm_start_batch_size: int = _help("prompts an optimiser step in the warm start, on each process", 16)
+    warm_start_context_share: float = _help(
+        "share of warm-start examples that carry the trace in context, so that the model learns to read one", 0.0
+    )
+
+    learning_rate: float = _help("peak learning rate", 1e-6)
+    lr_scheduler_type: str = _help("schedule of the learning rate", "constant")
+    per_device_train_batch_size: int = _help("prompts of one micro-batch on each device", 8)
+    logging_steps: float = _help("log every this many optimiser steps", 1)
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser reads the second member)
+        default="tensorboard", metadata={"help": "loggers of transformers"}
+    )
+    ddp_find_unused_parameters: bool | None = _help("every parameter has a gradient in every step", False)
+    remove_unused_columns: bool = _help("stays false: tasks are no columns", False)
+    logging_nan_inf_filter: bool = _help("stays false: a loss that is not finite is an error", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least = {
+            "num_rollouts": (2, "advantages compare the rollouts of a prompt"),
+            "rollout_batch_steps": (1, "each batch of rollouts is trained on at least once"),
+            "generation_batch_size": (1, "it counts episodes"),
+            "max_turns": (1, "it counts assistant turns"),
+            "max_turn_tokens": (1, "it counts tokens"),
+            "max_response_tokens": (1, "it counts tokens"),
+            "latent_trace_steps": (0, "0 switches it off"),
+            "eval_tasks": (0, "0 switches evaluation off"),
+            "warm_start_steps": (0, "0 switches the warm start off"),
+            "warm_start_batch_size": (1, "it counts prompts"),
+        }
+        for name, (least, reason) in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, set it to at least {least}: {reason}")
+        if not 0.0 <= self.warm_start_context_share <= 1.0:
+            raise ValueError(f"warm_start_context_share is {self.warm_start_context_share}, set it between 0 and 1")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}, set it above 0 and at most 1")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay false: tasks are objects, not columns")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All settings of one run, and ``values``: the flat dictionary that rebuilds them (the run's config.yaml)."""
+
+    model: ModelArguments
+    env: EnvArguments
+    pact: PactConfig
+    training: PactTrainingArguments
+    values: dict[str, Any]
+
+
+def as_dict(name: str, value: dict | str | None) -> dict[str, Any]:
+    """``value`` as a dictionary: given as one, as a JSON string or not at all. Raises ValueError for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is not JSON ({error}): write it like '{{\"key\": 1}}'") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a mapping, not {value!r}")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The flat mapping in a YAML file. Raises ValueError when it is missing, unreadable or no mapping."""
+    if not path.is_file():
+        raise ValueError(f"no configuration file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{path} must hold 'setting: value' lines")
+    return values or {}
+
+
+def parse_settings(argv: Sequence[str], *files: Path) -> RunSettings:
+    """Settings from YAML files (a later one wins) and command-line flags (they win over all files).
+
+    Raises ValueError for an unknown setting, a value of the wrong type or one out of range.
+    """
+    parser = _Parser([ModelArguments, EnvArguments, _as_flags(PactConfig), PactTrainingArguments], prog="pact train")
+    known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
+    values: dict[str, Any] = {}
+    for path in files:
+        for key, value in read_yaml(path).items():
+            if key not in known:
+                raise ValueError(f"unknown setting {key!r} in {path}{_nearest(key, known)}")
+            values[key] = value
+    flags, options = _split_dotted(argv)
+    arguments = [text for key, value in values.items() for text in _as_arguments(key, value)]
+    namespace, unknown = parser.parse_known_args(arguments + flags)
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].lstrip('-').replace('-', '_'), known)}")
+    found = vars(namespace)
+    for key, value in options.items():
+        found["env_options"] = as_dict("env_options", found["env_options"]) | {key: value}
+    return _build(parser, found)
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose complaints are exceptions, and which takes no abbreviated flags."""
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _as_flags(config: type) -> type:
+    """``config`` as a dataclass that HfArgumentParser can read: a tuple field becomes a list."""
+    hints, flags = get_type_hints(config), []
+    for item in fields(config):
+        hint = hints[item.name]
+        if get_origin(hint) is tuple:
+            default = list(item.default)  # type: ignore[arg-type]  # every field has a default
+            flags.append((item.name, list[get_args(hint)[0]], field(default_factory=default.copy)))  # type: ignore[misc]
+        else:
+            flags.append((item.name, hint, field(default=item.default)))
+    return make_dataclass(config.__name__, flags)
+
+
+def _as_arguments(key: str, value: Any) -> list[str]:
+    """One YAML entry as command-line text, so that argparse checks and converts files and flags alike."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        value = json.dumps(value)
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]
+
+
+def _split_dotted(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take ``--env_options.NAME VALUE`` and ``--env_options.NAME=VALUE`` out of ``argv``; values are YAML."""
+    flags: list[str] = []
+    options: dict[str, Any] = {}
+    rest = iter(argv)
+    for text in rest:
+        if text.startswith(("--env_options.", "--env-options.")):
+            name, equals, value = text.partition(".")[2].partition("=")
+            options[name] = yaml.safe_load(value if equals else next(rest, ""))
+        else:
+            flags.append(text)
+    return flags, options
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {near[0]!r}?" if near else ": pact train --help lists all settings"
+
+
+def _build(parser: _Parser, found: dict[str, Any]) -> RunSettings:
+    own, built = {f.name for f in fields(PactTrainingArguments)} - {f.name for f in fields(TrainingArguments)}, []
+    values: dict[str, Any] = {}
+    for kind in parser.dataclass_types:
+        given = {f.name: found[f.name] for f in fields(kind) if f.init}
+        values |= {
+            key: value
+            for key, value in given.items()
+            if key in own or kind is not PactTrainingArguments or value != parser.get_default(key)
+        }
+        if kind.__name__ == PactConfig.__name__:
+            built.append(PactConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}))
+        else:
+            built.append(kind(**given))
+    model, env, pact, training = built
+    return RunSettings(model, env, pact, training, {k: v for k, v in values.items() if v is not None})
+
+
+__all__ = [
+    "EnvArguments",
+    "ModelArguments",
+    "PactTrainingArguments",
+    "RunSettings",
+    "as_dict",
+    "parse_settings",
+    "read_yaml",
+]

@@ -1,0 +1,36 @@
+"""The ``pact`` command: hands its arguments to the subcommand's own module."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pact import __version__
+
+USAGE = """usage: pact train [CONFIG.yaml] [--resume [RUN]] [--SETTING VALUE ...]
+
+  train    train a tool-use agent: warm start, rollouts, PACT updates, evaluation (pact train --help: all settings)
+
+  --version, --help"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``pact`` and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else "--help"
+    if command == "train":
+        from pact import train
+
+        return train.main(arguments)
+    if command == "--version":
+        print(f"pact {__version__}")
+        return 0
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    print(f"pact: error: unknown command {command!r}: choose train", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

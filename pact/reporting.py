@@ -1,0 +1,156 @@
+"""What a run shows: metrics.jsonl, curves.png, the progress bar, peak memory. It decides nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
+
+# One panel a row: title, then the metrics of metrics.jsonl drawn in it.
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("reward", ("reward", "eval_reward")),
+    ("loss, RL", ("loss/rl_prompt", "loss/rl_trace")),
+    ("loss, SFT", ("loss/sft",)),
+    ("clip fraction", ("clip_fraction/prompt", "clip_fraction/trace")),
+    ("entropy", ("entropy/prompt", "entropy/trace")),
+    ("KL to the start", ("kl/prompt", "kl/trace")),
+    ("turns an episode", ("turns",)),
+    ("seconds a step", ("seconds/generate", "seconds/train")),
+)
+
+
+class Meter:
+    """Sums of numbers and of what they are divided by, so that meters of steps and processes can be merged."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, value: float, count: float = 1.0) -> None:
+        """Add ``value`` to a mean over ``count`` units: episodes, seconds, steps."""
+        total, units = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (total + value, units + count)
+
+    def merge(self, other: Meter) -> None:
+        for name, (value, count) in other.sums.items():
+            self.add(name, value, count)
+
+    def means(self) -> dict[str, float]:
+        """Sum over count by name; what has no count is left out."""
+        return {name: value / count for name, (value, count) in self.sums.items() if count}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends every log of one phase to ``<run>/metrics.jsonl`` as a flat JSON line and redraws the curves.
+
+    A line holds ``phase`` ("warm_start" or "train"), ``step`` and the logged numbers; a number that is not finite is
+    written as null. On resume, lines of this phase past the checkpoint are dropped: those steps are run again.
+    """
+
+    def __init__(self, run: Path, phase: str) -> None:
+        self.path, self.curves, self.phase = run / METRICS_FILE, run / CURVES_FILE, phase
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            kept = [r for r in read_metrics(self.path) if r["phase"] != self.phase or r["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.write(state.global_step, logs or {})
+
+    def write(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Append one line; usable outside a training loop (an evaluation before the first step)."""
+        record = {"phase": self.phase, "step": step}
+        record |= {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in logs.items()
+            if isinstance(value, int | float)
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            draw_curves(self.path, self.curves)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            draw_curves(self.path, self.curves)
+
+
+class RewardProgress(ProgressCallback):
+    """The progress bar, with the current reward and loss beside it instead of a printed dictionary at every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is None or not logs:
+            return
+        shown = {key: f"{logs[key]:.4g}" for key in ("reward", "eval_reward", "loss") if key in logs}
+        if "eval_reward" in logs:
+            self.training_bar.write(f"step {state.global_step}: eval_reward {shown['eval_reward']}")
+        elif shown:
+            self.training_bar.set_postfix(shown)
+
+
+class RewardPrinter(TrainerCallback):
+    """One short line a log: what `RewardProgress` shows, for ``--disable_tqdm``."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        shown = [f"{key} {logs[key]:.4g}" for key in ("reward", "eval_reward", "loss") if logs and key in logs]
+        if state.is_world_process_zero and shown:
+            print(f"step {state.global_step}/{state.max_steps}: {', '.join(shown)}", flush=True)
+
+
+def draw_curves(metrics: Path, image: Path) -> None:
+    """Draw the panels of ``_PANELS`` from a metrics.jsonl; warm-start steps come left of zero."""
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics)
+    warm = max((r["step"] for r in records if r["phase"] == "warm_start"), default=0)
+    figure = Figure(figsize=(16, 7))
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.08, top=0.94, hspace=0.35)
+    for axes, (title, names) in zip(figure.subplots(2, 4).flat, _PANELS, strict=True):
+        for name in names:
+            points = [
+                (record["step"] - (warm if record["phase"] == "warm_start" else 0), record[name])
+                for record in records
+                if record.get(name) is not None
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "", linewidth=1)
+        axes.set_title(title)
+        axes.set_xlabel("optimiser step")
+        if axes.lines:
+            axes.legend(fontsize="small")
+        if warm:
+            axes.axvline(0, color="grey", linewidth=0.5)
+    figure.savefig(image, dpi=100)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak memory of this process: allocated on the accelerator, or resident (VmHWM) on CPU; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:"), None)

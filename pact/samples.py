@@ -1,0 +1,163 @@
+"""Tasks and episodes -> the groups that are trained on. Plays no episode and computes no loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pact import advantages
+from pact.envs import Task
+from pact.objective import Group, PactConfig, Rollout
+from pact.rollout import Trajectory
+from pact.trace import TokenizedTrace, render_context, render_prompt, render_trace
+
+TEMPLATE_BYTES = 1024  # what a chat template adds around messages and schemas, generously
+
+_OUTCOME = {"grpo": advantages.grpo, "dr_grpo": advantages.dr_grpo, "rloo": advantages.rloo}
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Advantage estimator by name (`pact.advantages`), with the settings of the turn-level ones."""
+
+    name: str = "grpo"
+    gamma: float = 0.9
+    combine: str = "sum"
+
+    def per_turn(self, episodes: Sequence[Trajectory]) -> list[list[float]]:
+        """One advantage for each turn of each episode of one prompt.
+
+        Raises ValueError for a reward that is not finite, or turn rewards that do not match the turns.
+        """
+        for episode in episodes:
+            score, turns = episode.score, len(episode.turns)
+            if not all(map(math.isfinite, [score.reward, *score.turn_rewards])):
+                raise ValueError(
+                    f"task {episode.task.id!r} got the reward {score.reward} (turns {score.turn_rewards}): "
+                    "the environment's score must be finite"
+                )
+            if self.name not in _OUTCOME and len(score.turn_rewards) != turns:
+                raise ValueError(
+                    f"task {episode.task.id!r} has {len(score.turn_rewards)} turn rewards for {turns} turns: "
+                    f"advantage={self.name} needs one each, use grpo with this environment"
+                )
+        if self.name in _OUTCOME:
+            values = _OUTCOME[self.name]([episode.score.reward for episode in episodes])
+            return [[value] * len(episode.turns) for value, episode in zip(values, episodes, strict=True)]
+        rewards = [episode.score.turn_rewards for episode in episodes]
+        if self.name == "dual_level":
+            return advantages.dual_level(rewards, gamma=self.gamma, combine=self.combine)
+        if self.name == "turn_level":
+            return advantages.turn_level(rewards, gamma=self.gamma)
+        raise ValueError(f"unknown advantage {self.name!r}: choose {', '.join(_OUTCOME)}, dual_level or turn_level")
+
+
+def rl_group(
+    task: Task,
+    episodes: Sequence[Trajectory],
+    tokenizer: PreTrainedTokenizerBase,
+    estimator: Estimator,
+    config: PactConfig,
+) -> Group:
+    """The group of one prompt: its rollouts with advantages, and the expert trace where the task has one that fits."""
+    head_ids, suffix_ids = render_prompt(task.messages, task.tools, tokenizer)
+    group = Group(head_ids, suffix_ids)
+    if task.expert is not None:
+        group.context_ids = render_context(task.expert, tokenizer)
+        trace = render_trace(task.expert, task.tools, tokenizer)
+        if _fits(head_ids, suffix_ids, trace, config):
+            group.trace = trace
+    for episode, values in zip(episodes, estimator.per_turn(episodes), strict=True):
+        advantage = [0.0] * len(episode.ids)
+        for (start, end), value in zip(episode.turns, values, strict=True):
+            advantage[start:end] = [value] * (end - start)
+        sampled = [int(token) for token in episode.sampled]
+        group.rollouts.append(Rollout(episode.ids, sampled, advantage, component=episode.component))
+    return group
+
+
+def sft_group(
+    task: Task, tokenizer: PreTrainedTokenizerBase, config: PactConfig, *, trace_in_context: bool
+) -> Group | None:
+    """The expert trace as a target and no rollouts; None where there is none or it does not fit.
+
+    ``trace_in_context``: the prompt also shows the trace, so that the model learns to read one.
+    """
+    if task.expert is None:
+        return None
+    head_ids, suffix_ids = render_prompt(task.messages, task.tools, tokenizer)
+    if trace_in_context:
+        head_ids = head_ids + render_context(task.expert, tokenizer)
+    trace = render_trace(task.expert, task.tools, tokenizer)
+    return Group(head_ids, suffix_ids, trace=trace) if _fits(head_ids, suffix_ids, trace, config) else None
+
+
+def _fits(head_ids: list[int], suffix_ids: list[int], trace: TokenizedTrace, config: PactConfig) -> bool:
+    tokens = len(head_ids) + len(suffix_ids) + len(trace.ids)
+    return config.context_length is None or tokens <= config.context_length
+
+
+def check_prompts(
+    tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, limit: int | None, *, drop: bool
+) -> list[Task]:
+    """The tasks whose prompt has at most ``limit`` tokens. Raises ValueError at the first other one unless ``drop``."""
+    kept = []
+    for task in tasks:
+        if limit is None or surely_within([task.messages, task.tools], limit):
+            kept.append(task)
+            continue
+        tokens = sum(map(len, render_prompt(task.messages, task.tools, tokenizer)))
+        if tokens <= limit:
+            kept.append(task)
+        elif not drop:
+            raise ValueError(
+                f"the prompt of task {task.id!r} has {tokens} tokens and at most {limit} fit (max_prompt_tokens, "
+                "context_length less one turn): raise them, or set overlong_prompts to drop"
+            )
+    return kept
+
+
+def with_usable_trace(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, config: PactConfig) -> list[Task]:
+    """The tasks that have an expert trace which fits the context."""
+    limit = config.context_length
+    return [
+        task
+        for task in tasks
+        if task.expert is not None
+        and (
+            limit is None
+            or surely_within([task.messages, task.tools, task.expert], limit)
+            or sft_group(task, tokenizer, config, trace_in_context=False) is not None
+        )
+    ]
+
+
+def surely_within(record: Any, limit: int) -> bool:
+    """Whether ``record`` renders to at most ``limit`` tokens, without rendering it: no token is shorter than a byte.
+
+    False says nothing. It spares a start-up the tokenisation of thousands of prompts that are far from the limit.
+    """
+    return len(json.dumps(record)) + TEMPLATE_BYTES <= limit
+
+
+def save_groups(path: Path, steps: Sequence[Sequence[Sequence[Group]]]) -> None:
+    """Write optimiser steps of micro-batches of groups, as plain data that loads without running code."""
+    torch.save([[[asdict(group) for group in batch] for batch in step] for step in steps], path)
+
+
+def load_groups(path: Path) -> list[list[list[Group]]]:
+    """Read what `save_groups` wrote."""
+    steps: list[list[list[dict[str, Any]]]] = torch.load(path, weights_only=True)
+    return [[[_group(record) for record in batch] for batch in step] for step in steps]
+
+
+def _group(record: dict[str, Any]) -> Group:
+    trace = None if record["trace"] is None else TokenizedTrace(**record["trace"])
+    return Group(**{**record, "trace": trace, "rollouts": [Rollout(**rollout) for rollout in record["rollouts"]]})

@@ -1,0 +1,277 @@
+"""One run from settings to a saved model: ``pact train``, ``python -m pact.train``.
+
+It owns the run's folder; the steps themselves are the trainer's.
+
+    runs/<name>/  config.yaml  metrics.jsonl  curves.png  tensorboard/  checkpoint-*/  model/
+                  eval_start.json  eval_final.json  warm_start/checkpoint-*/
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging
+
+from pact.arguments import SCRATCH, ModelArguments, PactTrainingArguments, RunSettings, as_dict, parse_settings
+from pact.envs import Environment, Task, make
+from pact.evaluate import Evaluation, paired_bootstrap
+from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, peak_memory_bytes
+from pact.trainer import PactTrainer, WarmStartTrainer, buffer_name
+
+logger = logging.get_logger(__name__)
+
+CONFIG_FILE, WARM_START = "config.yaml", "warm_start"
+
+# Used by `--model toybox` where model_config names no other value: 4 layers, about 3 million parameters.
+SCRATCH_CONFIG: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and settings; ``resumed``: the folder was there before."""
+
+    folder: Path
+    settings: RunSettings
+    resumed: bool
+
+
+def open_run(argv: Sequence[str]) -> Run:
+    """Read ``[CONFIG.yaml] [--resume [RUN]] [--setting value ...]`` and name the run. Writes nothing.
+
+    Raises ValueError for bad settings, a configuration beside ``--resume``, and a run that does not exist (resume) or
+    already does (``--run_name``).
+    """
+    rest = list(argv)
+    config = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+    runs = Path("runs")
+    if "--resume" not in rest:
+        settings = parse_settings(rest, *([config] if config else []))
+        if settings.training.output_dir != parse_settings([]).training.output_dir:
+            raise ValueError("output_dir is always runs/<name> here: set run_name instead")
+        return Run(_new_folder(runs, settings, config), settings, False)
+    at = rest.index("--resume")
+    name = rest.pop(at + 1) if at + 1 < len(rest) and not rest[at + 1].startswith("-") else None
+    rest.pop(at)
+    if config is not None:
+        raise ValueError(f"--resume continues with the run's own config.yaml: leave out {config}, overrides are fine")
+    folder = runs / Path(name).name if name else max(runs.glob(f"*/{CONFIG_FILE}"), key=_age, default=runs / "x").parent
+    if not (folder / CONFIG_FILE).is_file():
+        known = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none"
+        raise ValueError(f"no run {name or ''!r} to resume in {runs.absolute()}: there are {known}")
+    return Run(folder, parse_settings(rest, folder / CONFIG_FILE), True)
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _new_folder(runs: Path, settings: RunSettings, config: Path | None) -> Path:
+    name = settings.training.run_name
+    if name is None:
+        stem = config.stem if config else settings.env.env
+        names = [f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        while (runs / names[0]).exists():
+            names[0] += "+"
+    else:
+        names = [Path(name).name]
+        if (runs / names[0]).exists():
+            raise ValueError(f"run {names[0]} exists: choose another run_name, or continue it with --resume {names[0]}")
+    PartialState()
+    broadcast_object_list(names)
+    return runs / names[0]
+
+
+def load_tasks(env: Environment, settings: RunSettings) -> tuple[Sequence[Task], Sequence[Task] | None]:
+    """Training tasks, and evaluation tasks or None when there is no evaluation."""
+    count, split = settings.training.eval_tasks, settings.env.train_split
+    test = list(env.tasks(settings.env.eval_split)[:count]) if count else None
+    if split is not None:
+        return env.tasks(split), test
+    try:
+        train = env.tasks("train")
+    except ValueError:
+        train = []
+    if not train:
+        train = env.tasks("test")
+        logger.warning("the environment has no train split: training on its test items, claim no score from this run")
+    return train, test
+
+
+def load_model(
+    arguments: ModelArguments, env: Environment, seed: int, weights: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer; ``weights`` replaces the model's own folder (a warm-started or trained copy of it).
+
+    Raises ValueError when no model is named, a folder does not exist or a scratch model has no tokenizer to start from.
+    """
+    source = arguments.model or (SCRATCH if arguments.model_config else None)
+    if source is None:
+        raise ValueError(f"no model: give --model FOLDER, or --model {SCRATCH} for a new one")
+    if source == SCRATCH:
+        if not hasattr(env, "tokenizer"):
+            raise ValueError("a new model takes the environment's tokenizer and this one has none: give --model FOLDER")
+        tokenizer = env.tokenizer()
+        if weights is None:
+            return _scratch_model(arguments, tokenizer, seed), tokenizer
+    elif not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise ValueError(f"no model folder {source}: give a folder saved by save_pretrained, or a hub name")
+    else:
+        if arguments.model_config:
+            raise ValueError("model_config is for new models: leave it out, or set model to " + SCRATCH)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(weights or source, dtype=arguments.dtype)
+    return model, tokenizer
+
+
+def _scratch_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    values = {"vocab_size": len(tokenizer)} | SCRATCH_CONFIG | as_dict("model_config", arguments.model_config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values.setdefault(name, getattr(tokenizer, name))
+    set_seed(seed)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    return AutoModelForCausalLM.from_config(config, dtype="float32" if arguments.dtype == "auto" else arguments.dtype)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Everything ``pact train`` does. Raises ValueError or RuntimeError for what the user can mend."""
+    state = open_run(argv)
+    settings, args = state.settings, state.settings.training
+    args.output_dir = str(state.folder)
+    env = make(settings.env.env, **settings.env.options())
+    train_tasks, test_tasks = load_tasks(env, settings)
+    checkpoint, finished = last_checkpoint(state.folder, args.max_steps)
+    warm, warm_finished = last_checkpoint(state.folder / WARM_START, args.warm_start_steps)
+    weights = checkpoint if finished else warm if warm_finished else None
+    model, tokenizer = load_model(settings.model, env, args.seed, weights)
+    _log_to(state.folder, "train")
+    callbacks: list[Any] = [MetricsWriter(state.folder, "train")]
+    trainer = PactTrainer(model, args, env, tokenizer, settings.pact, train_tasks, test_tasks, callbacks)
+    if trainer.is_world_process_zero() and not state.resumed:
+        state.folder.mkdir(parents=True, exist_ok=True)
+        (state.folder / CONFIG_FILE).write_text(yaml.safe_dump(settings.values, sort_keys=False), encoding="utf-8")
+        print(f"run folder: {state.folder}", flush=True)
+    if args.warm_start_steps and not (warm_finished or finished):
+        warm_start(state, model, env, tokenizer, train_tasks, warm)
+    before = _evaluation(trainer, state.folder / "eval_start.json")
+    if not finished:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    after = _evaluation(trainer, state.folder / "eval_final.json")
+    trainer.save_model(str(state.folder / "model"))
+    if trainer.is_world_process_zero():
+        draw_curves(state.folder / METRICS_FILE, state.folder / CURVES_FILE)
+        _summarise(state, trainer, before, after)
+
+
+def warm_start(
+    state: Run,
+    model: PreTrainedModel,
+    env: Environment,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    checkpoint: Path | None,
+) -> None:
+    """The supervised phase on ``model`` itself; training starts from its last checkpoint in ``<run>/warm_start``."""
+    args: PactTrainingArguments = copy.copy(state.settings.training)
+    args.output_dir = str(state.folder / WARM_START)
+    args.max_steps, args.learning_rate = args.warm_start_steps, args.warm_start_lr
+    args.lr_scheduler_type, args.warmup_steps = args.warm_start_lr_scheduler_type, args.warm_start_warmup_steps
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = args.warm_start_batch_size, 1
+    args.rollout_batch_steps, args.latent_trace_steps, args.eval_tasks = 1, 0, 0
+    args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
+    _log_to(state.folder, WARM_START)
+    callbacks: list[Any] = [MetricsWriter(state.folder, WARM_START)]
+    trainer = WarmStartTrainer(model, args, env, tokenizer, state.settings.pact, tasks, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def last_checkpoint(folder: Path, max_steps: int) -> tuple[Path | None, bool]:
+    """The newest whole checkpoint in ``folder`` and whether it is the end of its training.
+
+    A checkpoint is whole once its rollouts are written, which comes last. ``max_steps`` <= 0: as the checkpoint says.
+    """
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        if (path / buffer_name(PartialState().process_index)).is_file():
+            record = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path, record["global_step"] >= (max_steps if max_steps > 0 else record["max_steps"])
+    return None, False
+
+
+def _log_to(folder: Path, phase: str) -> None:
+    """Where transformers' TensorBoard callback writes; it reads this variable when a trainer is made."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard" / phase)
+
+
+def _evaluation(trainer: PactTrainer, path: Path) -> Evaluation | None:
+    """Greedy evaluation, kept in ``path`` so that a resumed run does not repeat it; None without evaluation tasks."""
+    if not trainer.eval_dataset:
+        return None
+    if path.is_file():
+        return Evaluation.load(path)
+    trainer.evaluate()
+    evaluation = trainer.last_evaluation
+    if trainer.is_world_process_zero():
+        evaluation.save(path)
+    return evaluation
+
+
+def _summarise(state: Run, trainer: PactTrainer, before: Evaluation | None, after: Evaluation | None) -> None:
+    """The closing lines: where the model is, what it cost and, last, what training gained on the same episodes."""
+    peak, rates = peak_memory_bytes(trainer.args.device), trainer.totals.means()
+    spent = [f"peak memory {peak / 2**30:.2f} GiB"] if peak else []
+    for name, what in (("train", "tokens trained on"), ("generate", "tokens sampled")):
+        if f"tokens_per_second/{name}" in rates:
+            spent.append(f"{rates[f'tokens_per_second/{name}']:,.0f} {what} a second")
+    print(f"model: {state.folder / 'model'}")
+    print(f"{', '.join(spent)} (each process)")
+    if before is not None and after is not None:
+        mean, bound = paired_bootstrap(before.rewards, after.rewards)
+        start = "warm start" if state.settings.training.warm_start_steps else "start"
+        print(f"improvement over {start}: {mean:.4f} on {len(after.rewards)} episodes, 95% lower bound: {bound:.4f}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`run` with errors as one line on stderr (a traceback with PACT_DEBUG=1); returns the exit code."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if os.environ.get("PACT_DEBUG"):
+            raise
+        print(f"pact: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pact: interrupted; continue from the last checkpoint with: pact train --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

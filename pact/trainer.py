@@ -1,0 +1,435 @@
+"""The thin loop: generate -> reward -> build -> loss. Everything else is transformers.Trainer and accelerate.
+
+Not here: settings (`pact.arguments`), the loss (`pact.objective`), sampling (`pact.rollout`), runs and their folders
+(`pact.train`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from pact.arguments import PactTrainingArguments
+from pact.engines.transformers import TransformersEngine
+from pact.envs import Environment, Task
+from pact.metrics import add_metrics
+from pact.modeling import attach_tree_attention
+from pact.objective import CoTrainResult, Denominators, Group, PactConfig, PactObjective, flatten_metrics
+from pact.reporting import Meter, RewardPrinter, RewardProgress
+from pact.rollout import RolloutLimits, Sampling, Trajectory, run_rollouts
+from pact.samples import Estimator, check_prompts, load_groups, rl_group, save_groups, sft_group, with_usable_trace
+from pact.trace import prepare_tokenizer
+
+logger = logging.get_logger(__name__)
+
+MicroBatch = list[Group]
+STOP_REASONS = ("answer", "turn_limit", "token_limit", "context_limit")
+
+
+class PactTrainer(Trainer):
+    """`transformers.Trainer` that trains on groups of rollouts and traces instead of batches of rows.
+
+    One optimiser step takes ``per_device_train_batch_size`` x ``gradient_accumulation_steps`` prompts a process. Their
+    rollouts are generated before the step (``rollout_batch_steps`` steps at a time), from the prompt alone. All random
+    draws are functions of (seed, step, process), so a resumed run repeats what an uninterrupted one does.
+
+    Args:
+        model: a causal LM of transformers; its attention is switched to the tree attention.
+        args: settings of the run.
+        env: where episodes are played.
+        processing_class: the tokenizer; `pact.trace.prepare_tokenizer` is applied to it.
+        config: settings of the objective; ``context_length=None`` takes the model's.
+        train_dataset, eval_dataset: tasks; default: the environment's "train" split, and the first ``eval_tasks`` of
+            "test".
+
+    Raises:
+        ValueError: a model the tree cannot run on, a tokenizer whose template loses tools or reasoning, more token ids
+            than embeddings, a prompt longer than the context, no task, sharded training (FSDP, DeepSpeed).
+    """
+
+    phase = "train"
+    args: PactTrainingArguments
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+    config: PactConfig
+    objective: PactObjective
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: PactTrainingArguments,
+        env: Environment,
+        processing_class: PreTrainedTokenizerBase,
+        config: PactConfig | None = None,
+        train_dataset: Sequence[Task] | None = None,
+        eval_dataset: Sequence[Task] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if args.fsdp or args.deepspeed:
+            raise ValueError("sharded training (FSDP, DeepSpeed) is not supported: use plain data parallelism (DDP)")
+        tokenizer = prepare_tokenizer(processing_class)
+        check_vocabulary(model, tokenizer)
+        attach_tree_attention(model)
+        self.env = env
+        self.config = self._configure(_with_context(config or PactConfig(), model))
+        self.objective = PactObjective(self.config)
+        self.limits = RolloutLimits(
+            args.max_turns, args.max_turn_tokens, args.max_response_tokens, self.config.context_length
+        )
+        tasks = list(env.tasks("train") if train_dataset is None else train_dataset)
+        if eval_dataset is None and args.eval_tasks:
+            eval_dataset = env.tasks("test")[: args.eval_tasks]
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,  # type: ignore[arg-type]  # a batch is a list of tasks
+            train_dataset=self._usable(tasks, tokenizer, args),
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(RewardPrinter if args.disable_tqdm else RewardProgress)
+        self.add_callback(_SaveBuffer(self))
+        self.engine = TransformersEngine(self.model, max_batch=args.generation_batch_size)
+        self.reference: PreTrainedModel | None = None  # the model as it was when training began
+        self.buffer: deque[list[MicroBatch]] = deque()  # optimiser steps whose rollouts exist already
+        self._taken = 0  # micro-batches that a restored buffer has taken from the data
+        self._tokens = 0  # unique tokens of the last micro-batch
+        self._steps = 0  # optimiser steps since the last log
+        self.sums: dict[str, Tensor] = {}  # the objective's metrics since the last log
+        self.meter, self.totals = Meter(), Meter()  # ours since the last log, and over all logs
+
+    def _configure(self, config: PactConfig) -> PactConfig:
+        return config
+
+    def _usable(self, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, args: PactTrainingArguments) -> list[Task]:
+        """The tasks that can be trained on."""
+        limit = args.max_prompt_tokens
+        if self.config.context_length is not None:
+            room = self.config.context_length - min(args.max_turn_tokens, args.max_response_tokens)
+            limit = room if limit is None else min(limit, room)
+        kept = check_prompts(tasks, tokenizer, limit, drop=args.overlong_prompts == "drop")
+        if len(kept) < len(tasks):
+            logger.warning(f"{len(tasks) - len(kept)} of {len(tasks)} prompts are over {limit} tokens and left out")
+        if not kept:
+            raise ValueError("there are no training tasks: check the data file, the split and overlong_prompts")
+        return kept
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
+        """`Trainer.train`, with the model as it is now as the KL reference: resume on the weights the run began with.
+
+        The rollouts that the checkpoint kept are trained on first.
+        """
+        if self.config.kl_coef > 0:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if isinstance(resume_from_checkpoint, str):
+            self.buffer = deque(load_groups(Path(resume_from_checkpoint) / buffer_name(self.args.process_index)))
+            self._taken = sum(map(len, self.buffer))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    # -- acting ------------------------------------------------------------------------------------------------------
+
+    def stream(self, purpose: str) -> random.Random:
+        """The random stream of one purpose at this step, phase and process; resuming needs no stored state."""
+        args = self.args
+        return random.Random(f"{args.seed}/{self.phase}/{purpose}/{self.state.global_step}/{args.process_index}")
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Task]], num_batches: int, device: torch.device
+    ) -> tuple[list[MicroBatch], Any]:
+        """The micro-batches of the next optimiser step, as groups, and the step's denominators over all processes."""
+        for _ in islice(epoch_iterator, self._taken):
+            pass
+        self._taken = 0
+        if not self.buffer:
+            steps = min(self.args.rollout_batch_steps, self.state.max_steps - self.state.global_step)
+            batches = list(islice(epoch_iterator, num_batches * steps))
+            if not batches:
+                return [], None
+            rest = iter(self.make_groups([task for batch in batches for task in batch]))
+            micro = [list(islice(rest, len(batch))) for batch in batches]
+            self.buffer.extend(micro[i : i + num_batches] for i in range(0, len(micro), num_batches))
+        step = self.buffer.popleft()
+        self._steps += 1
+        mine = self.objective.denominators([group for batch in step for group in batch])
+        every = self.accelerator.reduce(
+            torch.tensor([mine.rl, mine.sft], dtype=torch.float64, device=self.args.device), reduction="sum"
+        )
+        return step, Denominators(*every.tolist())
+
+    def make_groups(self, tasks: list[Task]) -> list[Group]:
+        """Play ``num_rollouts`` episodes of every task and turn them, with the traces, into groups to train on."""
+        args, start = self.args, time.perf_counter()
+        episodes = self.generate(tasks)
+        seconds = time.perf_counter() - start
+        estimator = Estimator(args.advantage, args.turn_discount, args.dual_combine)
+        groups = [
+            rl_group(task, attempts, self.processing_class, estimator, self.config)
+            for task, attempts in zip(tasks, episodes, strict=True)
+        ]
+        self._meter_episodes(episodes, seconds)
+        for task, group in zip(tasks, groups, strict=True):
+            self.meter.add("trace_overflow", float(task.expert is not None and group.trace is None))
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(self.stream("branch").getrandbits(63))
+        self.objective.assign_branches(groups, generator)
+        self._attach_logprobs(groups)
+        self.meter.add("seconds/logprob", time.perf_counter() - start, args.rollout_batch_steps)
+        return groups
+
+    def generate(self, tasks: list[Task]) -> list[list[Trajectory]]:
+        """Episodes of ``tasks``, ``num_rollouts`` each, sampled from the prompt alone."""
+        with self.accelerator.autocast():
+            return run_rollouts(
+                self.env,
+                tasks,
+                self.engine,
+                self.processing_class,
+                n=self.args.num_rollouts,
+                sampling=Sampling(temperature=self.config.temperature, top_p=self.args.top_p),
+                limits=self.limits,
+                seed=self.stream("rollout").getrandbits(63),
+            )
+
+    def _meter_episodes(self, episodes: list[list[Trajectory]], seconds: float) -> None:
+        add = self.meter.add
+        for attempts in episodes:
+            rewards = [episode.score.reward for episode in attempts]
+            add("reward_std", statistics.pstdev(rewards))
+            add("reward_equal", float(len(set(rewards)) == 1))
+            for episode in attempts:
+                sampled = sum(episode.sampled)
+                add("reward", episode.score.reward)
+                add("turns", len(episode.turns))
+                add("tokens/response", len(episode.ids))
+                add("tokens/sampled", sampled)
+                add("tokens_per_second/generate", sampled, 0)
+                for name, value in episode.score.metrics.items():
+                    add(name, value)
+                for reason in STOP_REASONS:
+                    add(f"stop/{reason}", float(episode.stop_reason == reason))
+        add("tokens_per_second/generate", 0, seconds)
+        add("seconds/generate", seconds, self.args.rollout_batch_steps)
+        if all(len({episode.score.reward for episode in attempts}) == 1 for attempts in episodes):
+            logger.warning_once(
+                "all rollouts of every prompt in a batch have equal rewards: advantages are 0 and the RL term learns "
+                "nothing from it. Warm-start longer, raise num_rollouts or the temperature, or take easier tasks"
+            )
+
+    def _attach_logprobs(self, groups: list[Group]) -> None:
+        """Fix old and reference log-probs where the objective cannot take them from its own forward."""
+        with self.accelerator.autocast():
+            if self.args.rollout_batch_steps > 1 or self.config.ratio_reference == "behavior":
+                self.objective.attach_logprobs(self.model, groups, field="old_logp")
+            if self.reference is not None:
+                self.objective.attach_logprobs(self.reference, groups, field="ref_logp")
+            if self._probing():
+                latent = self.objective.latent_trace(self.model, groups)
+                rollouts = latent.pop("latent/rollouts", 0.0)
+                for name, value in latent.items():
+                    self.meter.add(name, value * rollouts, rollouts)
+
+    def _probing(self) -> bool:
+        """Whether this step also computes what only diagnostics need."""
+        every = self.args.latent_trace_steps
+        return every > 0 and self.state.global_step % every == 0
+
+    # -- learning ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        """Backward of every tree of one micro-batch; returns its part of L, times the process count.
+
+        The denominators are global: the losses of all trees, accumulation steps and processes add up to L, with no
+        division by accumulation. Data parallelism averages gradients over processes, which the factor undoes.
+        """
+        start = time.perf_counter()
+        model.train()
+        progress = self.state.global_step / self.state.max_steps
+        batches = self.objective.build(inputs, progress, denominators=num_items_in_batch, monitor=self._probing())
+        forwards = [partial(self.objective.loss, self.model, batch) for batch in batches]
+        if not forwards and self.args.world_size > 1:
+            forwards = [partial(self._nothing)]  # every process takes part in the reduction
+        loss = torch.zeros((), device=self.args.device)
+        for i, forward in enumerate(forwards):
+            last = i == len(forwards) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.accelerator.autocast():
+                    result = self._in_forward(model, forward)
+                self.accelerator.backward(result.loss * self.args.world_size)
+            loss += result.loss.detach() * self.args.world_size
+            add_metrics(self.sums, result.metrics)
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(
+                f"the loss is {loss.item()} at step {self.state.global_step}, nothing was updated: lower learning_rate "
+                "or max_grad_norm and resume from the last checkpoint"
+            )
+        self._tokens = sum(batch.plan.unique_tokens for batch in batches)
+        seconds = time.perf_counter() - start
+        self.meter.add("seconds/train", seconds, 1 / max(self.current_gradient_accumulation_steps, 1))
+        self.meter.add("tokens_per_second/train", self._tokens, seconds)
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: MicroBatch, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """L of these groups as a whole optimiser step, with gradient. `training_step` goes tree by tree instead."""
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        return sum(
+            (self.objective.loss(self.model, batch).loss for batch in self.objective.build(inputs, progress)),
+            torch.zeros((), device=self.args.device),
+        )
+
+    def _in_forward(self, model: nn.Module, compute: Callable[[], CoTrainResult]) -> CoTrainResult:
+        """Run ``compute`` inside the forward of a wrapper, where data parallelism has its hooks."""
+        if model is self.model:
+            return compute()
+        plain = self.model.forward
+
+        def once() -> CoTrainResult:
+            self.model.forward = plain
+            return compute()
+
+        self.model.forward = once
+        try:
+            return model()
+        finally:
+            self.model.forward = plain
+
+    def _nothing(self) -> CoTrainResult:
+        return CoTrainResult(sum((p.sum() * 0.0 for p in self.model.parameters()), torch.zeros(())), {})
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 flops a parameter and unique token: forward and backward of the last micro-batch, attention left out."""
+        return 6 * self.model.num_parameters() * self._tokens
+
+    # -- reporting ---------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the objective and the rollouts measured since the last log, over all processes."""
+        if "loss" in logs:
+            sums: dict[str, Tensor] = {}
+            meter = Meter()
+            mine = {name: value.detach().to("cpu", torch.float64) for name, value in self.sums.items()}
+            for their_sums, their_meter in gather_object([(mine, self.meter)]):
+                add_metrics(sums, their_sums)
+                meter.merge(their_meter)
+            self.totals.merge(meter)
+            logs |= (flatten_metrics(sums, self._steps) if sums else {}) | meter.means()
+            self.sums, self.meter, self._steps = {}, Meter(), 0
+        super().log(logs, start_time)
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: Sequence[Task] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Greedy episodes of the evaluation tasks; logs and returns means of reward and of the metrics."""
+        start = time.perf_counter()
+        evaluation = self.play(self.eval_dataset if eval_dataset is None else eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.means.items()}
+        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class WarmStartTrainer(PactTrainer):
+    """Supervised fine-tuning on the expert traces through the same objective: groups with a trace and no rollouts.
+
+    Every token that the model produces is a target with weight 1, whatever the annealing of ``config`` says. A share
+    ``warm_start_context_share`` of the examples shows the trace in the prompt too.
+    """
+
+    phase = "warm_start"
+
+    def _configure(self, config: PactConfig) -> PactConfig:
+        return replace(
+            config,
+            sft_coef=1.0,
+            answer_weight=1.0,
+            tool_call_weight=(1.0, 1.0),
+            reasoning_anneal="none",
+            kl_coef=0.0,
+            entropy_coef=0.0,
+        )
+
+    def _usable(self, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, args: PactTrainingArguments) -> list[Task]:
+        fitting = with_usable_trace(tasks, tokenizer, self.config)
+        if not fitting:
+            raise ValueError(
+                "a warm start needs expert traces that fit the context and no training task has one: give traces, or "
+                "set warm_start_steps to 0"
+            )
+        return super()._usable(fitting, tokenizer, args)
+
+    def make_groups(self, tasks: list[Task]) -> list[Group]:
+        draw = self.stream("context")
+        return [self._example(task, draw.random() < self.args.warm_start_context_share) for task in tasks]
+
+    def _example(self, task: Task, reads: bool) -> Group:
+        """One example, with the trace in its prompt when it ``reads`` and that fits."""
+        group = sft_group(task, self.processing_class, self.config, trace_in_context=True) if reads else None
+        self.meter.add("trace_in_context", float(group is not None))
+        group = group or sft_group(task, self.processing_class, self.config, trace_in_context=False)
+        assert group is not None, "_usable kept only traces that fit"
+        return group
+
+
+class _SaveBuffer(TrainerCallback):
+    """Writes the rollouts not yet trained on into every checkpoint; as the last of its files it makes it whole."""
+
+    def __init__(self, trainer: PactTrainer) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_groups(folder / buffer_name(args.process_index), self.trainer.buffer)
+
+
+def buffer_name(process: int) -> str:
+    """File of a checkpoint that holds the rollouts of one process."""
+    return f"rollouts_{process}.pt"
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError when the tokenizer has ids that the model has no embedding for."""
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings: take the tokenizer that "
+            "belongs to the model, or call model.resize_token_embeddings"
+        )
+
+
+def _with_context(config: PactConfig, model: PreTrainedModel) -> PactConfig:
+    """``config`` with the model's context length where it sets none; raises ValueError where it sets a longer one."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if config.context_length is None:
+        return replace(config, context_length=longest)
+    if longest is not None and config.context_length > longest:
+        raise ValueError(f"context_length {config.context_length} is over the model's {longest}: lower it")
+    return config
