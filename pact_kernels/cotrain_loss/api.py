@@ -104,7 +104,10 @@ def linear_cotrain_loss(
     head = check_head(hidden, weight, terms.target, rows, bias, temperature, softcap)
     constants = Rows.of(terms, head.dtype)
     with_entropy = entropy or entropy_coef != 0
-    loss, logp, entropies = LinearCoTrainLoss.apply(hidden, weight, bias, head, constants, options, with_entropy)
+    needs = tuple(
+        torch.is_grad_enabled() and operand is not None and operand.requires_grad for operand in (hidden, weight, bias)
+    )
+    loss, logp, entropies = LinearCoTrainLoss.apply(hidden, weight, bias, head, constants, options, with_entropy, needs)
     with torch.no_grad():
         metrics = sum_metrics(logp, entropies, terms, row_loss(logp, entropies, constants, options))
     return CoTrainResult(loss, metrics)

@@ -17,7 +17,11 @@ from pact_kernels.linear_logprob.chunked import Gradients, Head
 
 
 class LinearCoTrainLoss(torch.autograd.Function):
-    """(loss, logp [N], entropy [N] or None) of a head; only the loss is differentiable."""
+    """(loss, logp [N], entropy [N] or None) of a head; only the loss is differentiable.
+
+    ``needs`` says which of hidden, weight and bias want a gradient. ``ctx.needs_input_grad`` cannot: it is also set
+    under ``torch.no_grad()``.
+    """
 
     @staticmethod
     def forward(
@@ -29,11 +33,11 @@ class LinearCoTrainLoss(torch.autograd.Function):
         rows: Rows,
         options: LossOptions,
         entropy: bool,
+        needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         logp_N = hidden.new_empty(len(head), dtype=head.dtype)
         entropy_N = torch.empty_like(logp_N) if entropy else None
         loss_N = torch.empty_like(logp_N)
-        needs = ctx.needs_input_grad[:3]
         gradients = Gradients(head, needs)
         with head.full_precision():
             for chunk in head.chunks():
@@ -57,4 +61,4 @@ class LinearCoTrainLoss(torch.autograd.Function):
             None if gradient is None else (gradient * dloss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         )
-        return (*scaled, None, None, None, None)
+        return (*scaled, *(None,) * 5)

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     """The terms of n rows as the loss reads them: constants in the dtype of the log-probs."""
 
     is_rl: Tensor
-    old_logp: Tensor
+    old_logp: Tensor | None  # None: the log-probs themselves
     advantage: Tensor
     weight: Tensor
     ref_logp: Tensor | None
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
         """All rows of ``terms``."""
         return cls(
             is_rl=terms.kind == RL,
-            old_logp=terms.old_logp.detach().to(dtype),
+            old_logp=None if terms.old_logp is None else terms.old_logp.detach().to(dtype),
             advantage=terms.advantage.detach().to(dtype),
             weight=terms.weight.detach().to(dtype),
             ref_logp=None if terms.ref_logp is None else terms.ref_logp.detach().to(dtype),
@@ -67,7 +67,8 @@ def row_loss(logp: Tensor, entropy: Tensor | None, rows: Rows, options: LossOpti
     ``dl/dlogp``: -r A where the clip lets it pass, plus ``kl_coef (1 - e^d)``; -1 on SFT rows.
     """
     zero = torch.zeros_like(logp)
-    ratio = torch.where(rows.is_rl, torch.exp(logp - rows.old_logp), zero)
+    old_logp = logp if rows.old_logp is None else rows.old_logp
+    ratio = torch.where(rows.is_rl, torch.exp(logp - old_logp), zero)
     gains = rows.is_rl & (rows.advantage != 0)
     too_high = (rows.advantage > 0) & (ratio > 1 + options.clip_high)
     too_low = (rows.advantage < 0) & (ratio < 1 - options.clip_low)

@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 @dataclass
 class ChunkBudget:
-    """Bytes of the temporaries. At most three logits buffers are alive at once (with entropy and softcap)."""
+    """Size of the temporaries, in bytes unless said. At most three logits buffers are alive at once."""
 
     logits: int = 16 * 2**20  # one [rows, V] buffer in the accumulation dtype
+    rows: int = 128  # but never fewer rows than this: every chunk reads the weight and updates its gradient
     widened: int = 16 * 2**20  # one [tile, H] piece of a weight that must be widened
 
 
@@ -27,7 +28,7 @@ BUDGET = ChunkBudget()
 
 # CPU matmuls take other paths, with other rounding, for a handful of rows. Short chunks are padded to this many so that
 # a row's log-prob does not depend on how many rows come with it.
-MIN_ROWS = 32
+PADDED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Head:
         """Pieces of ``rows`` (default: 0..N-1) whose logits fit the budget."""
         if rows is None:
             rows = torch.arange(len(self), device=self.target_N.device)
-        step = max(MIN_ROWS, BUDGET.logits // (self.weight_VH.shape[0] * self.dtype.itemsize))
+        step = max(BUDGET.rows, BUDGET.logits // (self.weight_VH.shape[0] * self.dtype.itemsize))
         yield from (rows[begin : begin + step] for begin in range(0, rows.numel(), step))
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
@@ -130,8 +131,8 @@ class Head:
 
     def _linear(self, hidden_nH: Tensor) -> Tensor:
         n_rows = hidden_nH.shape[0]
-        if n_rows < MIN_ROWS:
-            hidden_nH = torch.nn.functional.pad(hidden_nH, (0, 0, 0, MIN_ROWS - n_rows))
+        if n_rows < PADDED_ROWS:
+            hidden_nH = torch.nn.functional.pad(hidden_nH, (0, 0, 0, PADDED_ROWS - n_rows))
         u_nV = hidden_nH.new_empty(hidden_nH.shape[0], self.weight_VH.shape[0])
         for tile, weight_vH in self.tiles():
             torch.mm(hidden_nH, weight_vH.T, out=u_nV[:, tile])

@@ -1,0 +1,21 @@
+"""What every test shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("pact", deadline=None)  # a busy machine is no failure
+settings.load_profile("pact")
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empty() -> Iterator[None]:
+    """torch.empty and its kin come filled with NaN (integers: the largest), so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

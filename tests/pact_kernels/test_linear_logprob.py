@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from oracles import assert_within
+from torch import Tensor
+
+from pact_kernels import linear_logprob
+from pact_kernels.linear_logprob import chunked
+from pact_kernels.linear_logprob.chunked import ChunkBudget
+from pact_kernels.linear_logprob.reference import linear_logprob_reference
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks and tiles with ragged ends, as large inputs have them."""
+    monkeypatch.setattr(chunked, "BUDGET", ChunkBudget(logits=1, rows=100, widened=4 * 123 * 300))
+
+
+@dataclass
+class Problem:
+    """Inputs of one call and the upstream gradients c and e."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    rows: Tensor | None
+    temperature: float | Tensor
+    softcap: float | None
+    c: Tensor
+    e: Tensor | None
+
+    @classmethod
+    def random(
+        cls, n: int = 507, width: int = 123, vocab: int = 1000, dtype=torch.float32, spread: float = 1.0, **options
+    ) -> Problem:
+        """``spread`` is roughly the standard deviation of the logits."""
+        g = torch.Generator().manual_seed(n + vocab)
+        r = options.get("r", n)
+        hidden = torch.randn(r, width, generator=g)
+        weight = torch.randn(vocab, width, generator=g) * spread / width**0.5
+        bias = torch.randn(vocab, generator=g) if options.get("bias") else None
+        shift = options.get("shift", 0.0)
+        if shift:
+            bias = torch.full((vocab,), shift)
+        return cls(
+            hidden.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            torch.randint(0, vocab, (n,), generator=g),
+            torch.randint(0, r, (n,), generator=g) if "r" in options else None,
+            torch.rand(n, generator=g) + 0.5 if options.get("temperature") else 1.0,
+            options.get("softcap"),
+            torch.randn(n, generator=g),
+            torch.randn(n, generator=g) if options.get("entropy") else None,
+        )
+
+    def run(self, op, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Outputs and every gradient of ``op`` with the operands cast to ``dtype``."""
+        cast = [
+            None if value is None else value.detach().to(dtype or value.dtype).requires_grad_()
+            for value in (self.hidden, self.weight, self.bias)
+        ]
+        out = op(
+            cast[0],
+            cast[1],
+            self.target,
+            rows=self.rows,
+            bias=cast[2],
+            temperature=self.temperature,
+            softcap=self.softcap,
+            entropy=self.e is not None,
+        )
+        total = (out.logp * self.c.to(out.logp.dtype)).sum()
+        results = {"logp": out.logp.detach()}
+        if self.e is not None:
+            total = total + (out.entropy * self.e.to(out.logp.dtype)).sum()
+            results["entropy"] = out.entropy.detach()
+        leaves = {name: leaf for name, leaf in zip(("hidden", "weight", "bias"), cast) if leaf is not None}
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+        return results | {f"d{name}": gradient for name, gradient in zip(leaves, gradients)}
+
+    def check(self) -> None:
+        """The error rule, outputs and all gradients."""
+        got = self.run(linear_logprob)
+        exact = self.run(linear_logprob_reference, torch.float64)
+        plain = self.run(linear_logprob_reference, torch.float32)
+        same = self.run(linear_logprob_reference)
+        for name, value in got.items():
+            if name in ("logp", "entropy"):
+                assert value.dtype == torch.float32
+                scale = max(1.0, exact[name].abs().max().item()) if value.numel() else 1.0
+                assert_within(name, value, plain[name], exact[name], 4 * EPS * scale)
+            else:
+                assert value.dtype == self.hidden.dtype
+                rounding = torch.finfo(value.dtype).eps * exact[name].abs().max().item()
+                assert_within(name, value, same[name], exact[name], rounding)
+
+
+ALL_OPTIONS = {"bias": True, "temperature": True, "softcap": 2.0, "entropy": True, "r": 60}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 507])
+@pytest.mark.parametrize("options", [{}, {"entropy": True}, {"softcap": 2.0}, ALL_OPTIONS], ids=str)
+def test_error_rule(n: int, dtype: torch.dtype, options: dict) -> None:
+    Problem.random(n, dtype=dtype, **options).check()
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0], ids=["flat", "usual", "peaked"])
+@pytest.mark.parametrize("shift", [0.0, -3000.0], ids=["", "far below zero"])
+def test_error_rule_on_any_scale(spread: float, shift: float) -> None:
+    Problem.random(130, vocab=777, spread=spread, shift=shift, entropy=True).check()
+
+
+def test_error_rule_with_a_large_vocabulary() -> None:
+    chunked.BUDGET.widened = 2**24
+    Problem.random(3, width=16, vocab=2**18, entropy=True).check()
+
+
+def test_near_deterministic_rows() -> None:
+    """One logit 80 above the rest: entropy 0 up to float32, gradients finite."""
+    problem = Problem.random(5, vocab=50, entropy=True)
+    problem.weight.zero_()
+    problem.bias = torch.zeros(50)
+    problem.bias[7] = 80.0
+    problem.target[:2] = 7
+    problem.check()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"entropy": True}, {"softcap": 1.5, "temperature": True, "r": 3}, ALL_OPTIONS], ids=str
+)
+def test_reference_gradients(options: dict) -> None:
+    """gradcheck in float64 of the specification; the torch backend gives the same float64 gradients."""
+    problem = Problem.random(
+        4, width=3, vocab=7, dtype=torch.float64, **(options | ({"r": 3} if "r" in options else {}))
+    )
+    leaves = [value for value in (problem.hidden, problem.weight, problem.bias) if value is not None]
+
+    def outputs(op):
+        def call(hidden: Tensor, weight: Tensor, bias: Tensor | None = None):
+            out = op(
+                hidden,
+                weight,
+                problem.target,
+                rows=problem.rows,
+                bias=bias,
+                temperature=problem.temperature,
+                softcap=problem.softcap,
+                entropy=problem.e is not None,
+            )
+            return (out.logp,) if out.entropy is None else (out.logp, out.entropy)
+
+        return call
+
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(outputs(linear_logprob_reference), leaves)
+    assert torch.autograd.gradcheck(outputs(linear_logprob), leaves)
+
+
+def test_float64_stays_float64() -> None:
+    problem = Problem.random(40, dtype=torch.float64, **ALL_OPTIONS)
+    got, exact = problem.run(linear_logprob), problem.run(linear_logprob_reference)
+    for name, value in got.items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12)
+
+
+class CountMatmulRows(torch.utils._python_dispatch.TorchDispatchMode):
+    """Adds up the rows of every matmul against the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            self.rows += args[-2].shape[0] if func.overloadpacket is torch.ops.aten.mm else args[1].shape[0]
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_without_gradient_are_dropped_before_the_matmuls() -> None:
+    hidden, weight = torch.randn(300, 8, requires_grad=True), torch.randn(40, 8)
+    c, e = torch.zeros(300), torch.zeros(300)
+    c[17:117], e[100:150] = 1.0, 1.0  # 133 rows live: two chunks
+    out = linear_logprob(hidden, weight, torch.zeros(300, dtype=torch.int64), entropy=True)
+    total = (out.logp * c + out.entropy * e).sum()
+    with CountMatmulRows() as count:
+        total.backward()
+    assert count.rows == 2 * (100 + 33)  # scored again, and against the weight once more for dL/dhidden
+    assert bool((hidden.grad[:17] == 0).all())
+    assert bool((hidden.grad[150:] == 0).all())
+    assert bool((hidden.grad[17:150] != 0).any(dim=1).all())
+
+
+def test_all_rows_dropped_and_no_rows() -> None:
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    out = linear_logprob(hidden, weight, torch.zeros(5, dtype=torch.int64))
+    with CountMatmulRows() as count:
+        (out.logp * 0.0).sum().backward()
+    assert count.rows == 0
+    assert bool((hidden.grad == 0).all())
+    assert bool((weight.grad == 0).all())
+
+    none = torch.zeros(0, dtype=torch.int64)
+    out = linear_logprob(hidden, weight, none, rows=none, entropy=True)
+    assert out.logp.shape == out.entropy.shape == (0,)
+    (out.logp.sum() + out.entropy.sum()).backward()
+    assert bool((weight.grad == 0).all())
+
+
+def test_only_the_entropy_may_have_a_gradient() -> None:
+    problem = Problem.random(20, entropy=True)
+    problem.c.zero_()
+    problem.check()
+    hidden = problem.hidden.requires_grad_()
+    linear_logprob(hidden, problem.weight, problem.target, entropy=True).entropy.sum().backward()
+    assert bool((hidden.grad != 0).any())
+
+
+def test_gradients_nobody_needs_are_not_computed() -> None:
+    hidden, weight = torch.randn(50, 8), torch.randn(40, 8, requires_grad=True)
+    total = linear_logprob(hidden, weight, torch.zeros(50, dtype=torch.int64)).logp.sum()
+    with CountMatmulRows() as count:
+        total.backward()
+    assert count.rows == 50 + 40  # scored once; dL/dweight has 40 rows
+    assert hidden.grad is None
+
+
+def test_a_row_does_not_depend_on_how_many_come_with_it() -> None:
+    problem = Problem.random(507)
+    full = linear_logprob(problem.hidden, problem.weight, problem.target).logp
+    for n in (1, 2, 31, 33, 100, 101, 506):
+        part = linear_logprob(problem.hidden[:n], problem.weight, problem.target[:n]).logp
+        assert torch.equal(part, full[:n]), n
+
+
+def test_autocast_rounds_inside_and_accumulates_in_float32() -> None:
+    problem = Problem.random(260)
+    rounded = Problem(**(vars(problem) | {"hidden": problem.hidden.bfloat16(), "weight": problem.weight.bfloat16()}))
+    exact = rounded.run(linear_logprob_reference, torch.float64)
+    plain = rounded.run(linear_logprob_reference, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = problem.run(linear_logprob)
+    for name, value in got.items():
+        assert value.dtype == torch.float32  # gradients too: nothing was rounded to bfloat16
+        assert_within(name, value, plain[name], exact[name], 4 * EPS * max(1.0, exact[name].abs().max().item()))
+
+
+def test_backward_is_once_differentiable() -> None:
+    problem = Problem.random(3)
+    hidden = problem.hidden.requires_grad_()
+    total = linear_logprob(hidden, problem.weight, problem.target).logp.square().sum()
+    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+ROWS = {"rows": torch.tensor([0, 1])}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.ones(1, 3, 2)}, ValueError, "flatten batch dimensions first"),
+        ({"weight": torch.ones(5, 3)}, ValueError, r"hidden must be \[R, H\] and weight \[V, H\]"),
+        ({"weight": torch.ones(5, 2).bfloat16()}, TypeError, "weight is torch.bfloat16 but hidden is torch.float32"),
+        ({"hidden": torch.ones(3, 2).long()}, TypeError, "hidden must be floating point"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias must be \[V\] = \[5\]"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, ValueError, "beside 3 hidden rows; pass rows"),
+        ({"target": torch.tensor([0, 5, 0])}, ValueError, r"target must lie in 0..4 \(the vocabulary\), got 5"),
+        ({"target": torch.tensor([0, -1, 0])}, ValueError, "target must lie in 0..4 .*, got -1"),
+        ({"target": torch.zeros(3)}, TypeError, "target must hold integers"),
+        ({"rows": torch.tensor([0, 1, 3])}, ValueError, r"rows must lie in 0..2 \(the rows of hidden\), got 3"),
+        (ROWS, ValueError, r"rows has shape \[2\] but target has shape \[3\]"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0"),
+        ({"temperature": torch.tensor([1.0, 1.0, -1.0])}, ValueError, "positive and finite in every row"),
+        ({"temperature": torch.ones(2)}, ValueError, r"temperature must be a number or \[N\]"),
+        ({"softcap": -1.0}, ValueError, "softcap must be a positive number or None"),
+        ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
+    ],
+)
+def test_bad_input_is_one_clear_error(change, error, message) -> None:
+    arguments = {"hidden": torch.ones(3, 2), "weight": torch.ones(5, 2), "target": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(error, match=message):
+        linear_logprob(**(arguments | change))
