@@ -19,8 +19,8 @@ _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 class ParsedTurn:
     """One sampled turn as a message, and what was wrong with it.
 
-    ``message``: role assistant, ``reasoning_content`` and ``content`` (both str, maybe empty), ``tool_calls`` (list, the
-    well-formed calls only). ``errors``: one sentence a fault, fit to be shown to the policy as an observation.
+    ``message``: role assistant, ``reasoning_content`` and ``content`` (str, maybe empty), ``tool_calls`` (the
+    well-formed ones). ``errors``: one sentence a fault, fit to be shown to the policy as an observation.
     """
 
     message: Message
@@ -73,7 +73,7 @@ def _split_call(text: str) -> tuple[str | None, str]:
         after = text[end:].lstrip()
         if after.startswith(_CALL_END):
             return text[start:end], after[len(_CALL_END) :]
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         pass
     block, closed, rest = text.partition(_CALL_END)
     return (block, rest) if closed else (None, "")
@@ -85,7 +85,7 @@ def _parse_call(block: str) -> dict[str, Any]:
         call = json.loads(block)
         if isinstance(call, dict) and isinstance(call.get("arguments"), str):
             call = {**call, "arguments": json.loads(call["arguments"])}
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"it is not valid JSON ({error})") from None
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None

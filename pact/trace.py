@@ -110,7 +110,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     """Install the training template of the tokenizer's layout (in place) and return the tokenizer.
 
     A tokenizer that already carries a training template, shipped or the user's own, keeps it. A probe conversation
-    checks the result: it renders tools, calls, results and the reasoning of every turn, and never changes earlier turns.
+    checks the result: it renders tools, calls, results and every turn's reasoning, and never changes earlier turns.
     Raises ValueError that says what is missing; for an unknown layout, what the tokenizer's own template lacks.
     """
     if not tokenizer.is_fast:
@@ -345,7 +345,10 @@ def _render(
     add_generation_prompt: bool = False,
     template: str | None = None,
 ) -> list[_Block]:
-    """Render with the training template and cut at its marks: [before, turn, between, turn, ..., rest]."""
+    """Render with the training template and cut at its marks: [before, turn, between, turn, ..., rest].
+
+    Lone surrogates, which a tool may return and no encoding can carry, become question marks.
+    """
     rendered = tokenizer.apply_chat_template(
         messages,
         tools=list(tools) if tools else None,
@@ -354,7 +357,7 @@ def _render(
         chat_template=template,
         marks=_MARKS,
     )
-    parts = _MARK_RE.split(str(rendered))
+    parts = _MARK_RE.split(str(rendered).encode("utf-8", "replace").decode("utf-8"))
     blocks = [_Block(turn=False)]
     component, given = Component.PROMPT, False
     if len(parts) == 1 and template is None:
@@ -372,46 +375,43 @@ def _render(
     return blocks
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """ids, first and end character of each token, per text. Splits of one character share its first character."""
-    batch = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    result = []
-    for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"]):
-        offset_N2 = np.array(offsets, np.int64).reshape(-1, 2)
-        start_N, end_N = offset_N2[:, 0], offset_N2[:, 1]
-        # Byte-level vocabularies may trim leading blanks off the offsets; a token begins where the one before it ended.
-        start_N = np.minimum(start_N, np.concatenate(([0], end_N[:-1]))[: len(start_N)])
-        result.append((np.array(ids, np.int64), start_N, end_N))
-    return result
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """ids, first and end character of each token; tokens that share one character share its place."""
+    # The backend itself: transformers wraps each call in thread pools and copies that cost more than short texts do.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    encoding = backend.encode(text, add_special_tokens=False)
+    offset_N2 = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    start_N, end_N = offset_N2[:, 0], offset_N2[:, 1]
+    # Byte-level vocabularies may trim leading blanks off the offsets; a token begins where the one before it ended.
+    start_N[1:] = np.minimum(start_N[1:], end_N[:-1])
+    start_N[:1] = 0
+    return encoding.ids, start_N, end_N
 
 
 def _encode(blocks: list[_Block], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], np.ndarray]]:
     """ids and first character of each token, a block; added tokens spelled inside given text are cut apart first."""
-    control = [token for token, added in tokenizer.added_tokens_decoder.items() if len(added.content) > 1]
+    control = {token for token, added in tokenizer.added_tokens_decoder.items() if len(added.content) > 1}
     result = []
-    for block, (id_N, start_N, end_N) in zip(blocks, _tokenize([block.text for block in blocks], tokenizer)):
+    for block in blocks:
         text = block.text
         given = block.per_character(piece.given for piece in block.pieces)
-        cuts: set[int] = {0, len(text)}
-        while (forged_N := np.isin(id_N, control) & (given[start_N] == 1)).any():
-            if (end_N - start_N)[forged_N].min() < 2:
+        cuts = {0, len(text)}
+        ids, start_N, end_N = _tokenize(text, tokenizer)
+        while forged := [n for n, token in enumerate(ids) if token in control and given[start_N[n]]]:
+            if any(end_N[n] - start_N[n] < 2 for n in forged):
                 raise ValueError(
-                    "the tokenizer's normaliser makes a control token of a single character: it cannot be escaped"
+                    "the tokenizer's normaliser makes a control token of one character: no text can be safe"
                 )
-            cuts.update((start_N[forged_N] + 1).tolist())
+            cuts.update(int(start_N[n]) + 1 for n in forged)
             bounds = sorted(cuts)
-            parts = _tokenize([text[a:b] for a, b in pairwise(bounds)], tokenizer)
-            id_N = np.concatenate([part[0] for part in parts])
+            parts = [_tokenize(text[a:b], tokenizer) for a, b in pairwise(bounds)]
+            ids = [token for part in parts for token in part[0]]
             start_N = np.concatenate([part[1] + a for part, a in zip(parts, bounds)])
             end_N = np.concatenate([part[2] + a for part, a in zip(parts, bounds)])
-        result.append((id_N.tolist(), start_N))
+        result.append((ids, start_N))
     return result
 
 
