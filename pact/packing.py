@@ -1,9 +1,10 @@
-"""Which sequences share a forward pass: packs prompt groups into trees under a token budget. Knows no model and no loss."""
+"""Which sequences share a forward pass: prompt groups into trees under a token budget. Knows no model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,11 +75,11 @@ def _parts(group: int, sequences: Sequence[Ids], budget: int, shared: bool) -> l
 
 
 def _depth_first(sequences: Sequence[Ids]) -> tuple[list[int], list[int]]:
-    """Depth-first order of the sequences, and the prefix length each shares with the one before it (0 for the first)."""
+    """Depth-first order of the sequences, and the prefix each shares with the one before it (0 for the first)."""
     index = PrefixTree.from_sequences(sequences).index
     order = sorted(range(len(index)), key=lambda s: int(index[s][-1]))
     prefix = [0]
-    for before, s in zip(order, order[1:]):
+    for before, s in pairwise(order):
         common = min(len(index[before]), len(index[s]))
         prefix.append(int((index[before][:common] == index[s][:common]).sum()))
     return order, prefix

@@ -1,0 +1,385 @@
+"""The PACT objective (DESIGN section 1): prompt groups -> batches (one a tree) -> loss. Neither samples nor steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pact.groups import (
+    PROMPT,
+    TRACE,
+    Denominators,
+    Group,
+    PactConfig,
+    Rollout,
+    acting_rollouts,
+    as_ids,
+    branch_weights,
+    can_take_trace,
+    check_groups,
+    check_old_logp,
+    context_overflow,
+    count_denominators,
+    supervised_components,
+)
+from pact.layout import ForwardPlan, Path, plan_forwards, terms_of
+from pact.metrics import add_metrics, flatten_metrics
+from pact.modeling import attach_tree_attention, dense_hidden, lm_head, tree_hidden
+from pact.schedules import check_progress, linear, reasoning_weights
+from pact.trace import Component
+from pact_kernels import CoTrainResult, PrefixTree, TokenTerms, linear_cotrain_loss, linear_logprob
+from pact_kernels.terms import PROMPT_BRANCH, RL, SFT, TRACE_BRANCH
+
+_BRANCH_ID = {PROMPT: PROMPT_BRANCH, TRACE: TRACE_BRANCH}
+_PRODUCED = (Component.REASONING, Component.TOOL_CALL, Component.ANSWER)  # what the policy writes in a trace
+Counts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class CoTrainBatch:
+    """One forward and the terms of its loss, on the CPU. ``counts``: sums for the metrics, each group counted once."""
+
+    plan: ForwardPlan
+    terms: TokenTerms
+    counts: Counts
+    entropy: bool
+
+    @property
+    def tree(self) -> PrefixTree | None:
+        """The prefix tree, or None for a dense pass."""
+        return self.plan.tree
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the forward computes."""
+        return self.plan.unique_tokens
+
+
+class PactObjective:
+    """The loss of PACT under one configuration. Holds no state: everything follows from its arguments."""
+
+    def __init__(self, config: PactConfig | None = None) -> None:
+        self.config = config or PactConfig()
+
+    def denominators(self, groups: Sequence[Group]) -> Denominators:
+        """Z and Z_sft of ``groups``. Add them over accumulation steps and processes, then hand the sum to ``build``."""
+        return count_denominators(groups, self.config)
+
+    def assign_branches(self, groups: Sequence[Group], generator: torch.Generator | None = None) -> None:
+        """Fix the branch of every group that has none (``anchor_mode="sample"``), for all steps on this rollout batch.
+
+        One number is drawn a group, so a group's branch does not depend on what the others hold. In mixture mode both
+        branches are computed and nothing is assigned.
+        """
+        if self.config.anchor_mode == "mixture":
+            return
+        for group, draw in zip(groups, torch.rand(len(groups), generator=generator, dtype=torch.float64).tolist()):
+            if group.branch is None:
+                (group.branch,) = branch_weights(group, self.config, draw)
+
+    def build(
+        self,
+        groups: Sequence[Group],
+        progress: float,
+        generator: torch.Generator | None = None,
+        denominators: Denominators | None = None,
+        *,
+        monitor: bool = False,
+    ) -> list[CoTrainBatch]:
+        """Batches, one a tree, whose losses add up to ``L`` of the whole optimiser step.
+
+        Args:
+            groups: prompt groups with fixed or open branches.
+            progress: share of training done, 0..1; it drives the annealing of the supervised term.
+            generator: draws the open branches (None: torch's global generator).
+            denominators: those of the whole optimiser step; None: these groups are the whole step.
+            monitor: also forward what only the metrics need: supervised tokens annealed to weight 0, and entropies
+                when ``entropy_coef`` is 0.
+
+        Returns:
+            The batches; none where no token carries weight (everything annealed out).
+
+        Raises:
+            ValueError: groups that cannot be trained on, progress outside [0, 1], missing log-probs.
+        """
+        config = self.config
+        check_progress(progress)
+        check_groups(groups, config)
+        check_old_logp(groups)
+        if denominators is None:
+            denominators = self.denominators(groups)
+        draws = torch.rand(len(groups), generator=generator, dtype=torch.float64).tolist()
+        shares = [branch_weights(group, config, draw) for group, draw in zip(groups, draws)]
+        paths: list[list[Path]] = []
+        for g, group in enumerate(groups):
+            paths.append(self._rl_paths(group, shares[g], denominators.rl, f"group {g}"))
+            if group.trace is not None and (config.sft_coef > 0 or monitor):
+                paths[g] += self._sft_paths(group, progress, denominators.sft, monitor, f"group {g}")
+        batches = []
+        counted: set[int] = set()
+        for plan in plan_forwards(paths, config.token_budget, config.one_pass):
+            here = sorted({g for g, _ in plan.members} - counted)
+            counted.update(here)
+            counts = _counts(plan, [(groups[g], shares[g]) for g in here], config)
+            batches.append(CoTrainBatch(plan, terms_of(plan), counts, monitor or config.entropy_coef != 0))
+        return batches
+
+    def loss(self, model: nn.Module, batch: CoTrainBatch) -> CoTrainResult:
+        """The batch's share of ``L``, differentiable, and its metrics (sums; see `flatten_metrics`).
+
+        Args:
+            model: a transformers causal LM. Its attention is switched to the tree attention on first use.
+            batch: one of those that ``build`` returned; moved to the model's device.
+
+        Raises:
+            ValueError: token ids outside the model's vocabulary, positions beyond its context.
+        """
+        config = self.config
+        hidden = self._hidden(model, batch.plan)
+        head = lm_head(model)
+        result = linear_cotrain_loss(
+            hidden,
+            head.weight,
+            batch.terms.to(hidden.device),
+            rows=batch.plan.rows.to(hidden.device),
+            entropy=batch.entropy,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            kl_coef=config.kl_coef,
+            entropy_coef=config.entropy_coef,
+            **head.options(config.temperature),
+        )
+        absent = {"kl": batch.terms.ref_logp is None, "entropy": not batch.entropy}
+        metrics = {name: value for name, value in result.metrics.items() if not absent.get(name, False)}
+        for name, value in batch.counts.items():
+            metrics[name] = torch.tensor(value, dtype=torch.float64, device=hidden.device)
+        return CoTrainResult(result.loss, metrics)
+
+    @torch.no_grad()
+    def attach_logprobs(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        field: str = "old_logp",
+        branches: Iterable[str] | None = None,
+    ) -> None:
+        """Fill ``Rollout.old_logp`` or ``.ref_logp`` with the model's log-probs: the same one pass, without gradient.
+
+        Args:
+            field: "old_logp" (when a rollout batch arrives) or "ref_logp" (``model`` is then the reference).
+            branches: which contexts; None: those that a later ``build`` of these groups can read.
+        """
+        if field not in ("old_logp", "ref_logp"):
+            raise ValueError(f"field={field!r} is not one of old_logp, ref_logp")
+        forced = None if branches is None else list(branches)
+        if forced is not None and not {PROMPT, TRACE}.issuperset(forced):
+            raise ValueError(f"branches={forced!r} must be among prompt, trace")
+        check_groups(groups, self.config)
+        paths: list[list[Path]] = []
+        owners: list[list[tuple[Rollout, str]]] = []
+        for group in groups:
+            readable = self._readable(group, field, forced)
+            pairs = [(rollout, branch) for branch in readable for rollout in acting_rollouts(group)]
+            paths.append([_rollout_path(_prefix(group, branch), rollout) for rollout, branch in pairs])
+            owners.append(pairs)
+        for g, p, logp in self._score(model, paths):
+            rollout, branch = owners[g][p]
+            full = np.zeros(len(rollout.ids))
+            full[np.asarray(rollout.sampled, dtype=bool)] = logp
+            setattr(rollout, field, {**(getattr(rollout, field) or {}), branch: full.tolist()})
+
+    @torch.no_grad()
+    def latent_trace(self, model: nn.Module, groups: Sequence[Group]) -> dict[str, float]:
+        """Diagnostics of the latent-trace view (DESIGN section 1), nats a rollout, mean over the rollouts.
+
+        ``bound`` = log pi(tau|x) + log pi(y|x,tau) beside log pi(y|x), over the tokens that the policy produces.
+        Groups without trace and context, or whose trace does not fit, are left out; {} if none is left.
+        """
+        check_groups(groups, self.config)
+        paths: list[list[Path]] = []
+        for group in groups:
+            acting = acting_rollouts(group)
+            if group.trace is None:
+                continue
+            trace = _trace_path(group, np.isin(group.trace.component, _PRODUCED))
+            if trace is None or not acting or not can_take_trace(group, self.config):
+                continue
+            contexts = [_prefix(group, branch) for branch in (PROMPT, TRACE)]
+            paths.append([trace, *(_rollout_path(prefix, rollout) for prefix in contexts for rollout in acting)])
+        if not paths:
+            return {}
+        sums = [np.zeros(len(group_paths)) for group_paths in paths]
+        for g, p, logp in self._score(model, paths):
+            sums[g][p] = logp.sum()
+        rows = []  # of each rollout: log pi(tau|x), log pi(y|x), log pi(y|x,tau)
+        for of_group in sums:
+            alone, given_trace = np.split(of_group[1:], 2)
+            rows += [(of_group[0], *pair) for pair in zip(alone, given_trace)]
+        trace_mean, alone_mean, given_mean = np.mean(rows, axis=0).tolist()
+        return {
+            "latent/logp_trace": trace_mean,
+            "latent/logp_rollout": alone_mean,
+            "latent/logp_rollout_given_trace": given_mean,
+            "latent/bound": trace_mean + given_mean,
+            "latent/gap": trace_mean + given_mean - alone_mean,
+            "latent/rollouts": float(len(rows)),
+        }
+
+    def _rl_paths(self, group: Group, shares: dict[str, float], z: float, where: str) -> list[Path]:
+        """The rollouts under each branch, with weight = branch weight / Z on every sampled token."""
+        config = self.config
+        paths = []
+        for branch, share in shares.items():
+            prefix = _prefix(group, branch)
+            for rollout in acting_rollouts(group):
+                if z <= 0:
+                    raise ValueError(f"denominators.rl={z} but {where} has sampled tokens: sum it over the whole step")
+                path = _rollout_path(prefix, rollout)
+                path.columns = {
+                    "kind": RL,
+                    "branch": _BRANCH_ID[branch],
+                    "weight": share / (z * len(path.at) if config.loss_norm == "sequence" else z),
+                    "advantage": _sampled(rollout.advantage, rollout),
+                    "component": 0 if rollout.component is None else _sampled(rollout.component, rollout),
+                }
+                reference = PROMPT if config.ratio_reference == "behavior" else branch
+                if rollout.old_logp is not None or reference != branch:
+                    path.columns["old_logp"] = _logp(rollout, "old_logp", reference, where)
+                if config.kl_coef > 0:
+                    path.columns["ref_logp"] = _logp(rollout, "ref_logp", branch, where)
+                paths.append(path)
+        return paths
+
+    def _sft_paths(self, group: Group, progress: float, z: float, monitor: bool, where: str) -> list[Path]:
+        """The trace after the prompt, with weight = sft_coef w(s) / Z_sft; no path where nothing carries weight."""
+        config, trace = self.config, group.trace
+        assert trace is not None
+        component = np.asarray(trace.component, dtype=np.int64)
+        segment = np.where(component == Component.REASONING, trace.segment, -1)
+        weight = reasoning_weights(segment, progress, config.reasoning_anneal)
+        weight[component == Component.TOOL_CALL] = linear(*config.tool_call_weight, progress)
+        weight[component == Component.ANSWER] = config.answer_weight
+        weight *= config.sft_coef
+        wanted = weight > 0
+        if monitor:
+            wanted |= np.isin(component, supervised_components(config))
+        path = _trace_path(group, wanted)
+        if path is None:
+            return []
+        if z <= 0:
+            raise ValueError(f"denominators.sft={z} but {where} has supervised tokens: sum it over the whole step")
+        path.columns = {
+            "kind": SFT,
+            "branch": PROMPT_BRANCH,
+            "weight": weight[wanted] / z,
+            "component": component[wanted],
+        }
+        return [path]
+
+    def _readable(self, group: Group, field: str, forced: list[str] | None) -> list[str]:
+        """Branches whose log-probs a later build of the group can read."""
+        if not can_take_trace(group, self.config):
+            return [PROMPT]
+        if forced is not None:
+            return forced
+        if field == "old_logp" and self.config.ratio_reference == "behavior":
+            return [PROMPT]
+        return [PROMPT, TRACE] if group.branch is None else [group.branch]
+
+    def _score(self, model: nn.Module, paths: Sequence[Sequence[Path]]) -> Iterator[tuple[int, int, NDArray]]:
+        """(group, path, log-probs of the path's targets) for every path, tree by tree."""
+        for plan in plan_forwards(paths, self.config.token_budget, self.config.one_pass):
+            hidden = self._hidden(model, plan)
+            head = lm_head(model)
+            logp = linear_logprob(
+                hidden,
+                head.weight,
+                plan.target.to(hidden.device),
+                rows=plan.rows.to(hidden.device),
+                **head.options(self.config.temperature),
+            ).logp
+            for (g, p), values in zip(plan.members, plan.per_path(logp)):
+                yield g, p, values
+
+    def _hidden(self, model: nn.Module, plan: ForwardPlan) -> Tensor:
+        """Last hidden states [R, H] of everything in the plan, on the model's device."""
+        _check_vocabulary(model, plan)
+        device = next(model.parameters()).device
+        if plan.tree is None:
+            return torch.cat(dense_hidden(model, [torch.from_numpy(path.ids).to(device) for path in plan.paths]))
+        attach_tree_attention(model)
+        return tree_hidden(model, plan.tree.to(device))
+
+
+def _prefix(group: Group, branch: str) -> NDArray[np.int64]:
+    context = group.context_ids if branch == TRACE and group.context_ids is not None else []
+    return as_ids([*group.head_ids, *context, *group.suffix_ids], "head_ids, context_ids or suffix_ids")
+
+
+def _rollout_path(prefix: NDArray[np.int64], rollout: Rollout) -> Path:
+    """The path that predicts the sampled tokens of a rollout."""
+    return Path.of(prefix, as_ids(rollout.ids, "rollout ids"), np.flatnonzero(rollout.sampled))
+
+
+def _trace_path(group: Group, wanted: NDArray[np.bool_]) -> Path | None:
+    """The path that predicts the wanted tokens of the group's trace after the prompt; None if no token is wanted."""
+    if group.trace is None or not wanted.any():
+        return None
+    return Path.of(_prefix(group, PROMPT), as_ids(group.trace.ids, "trace ids"), np.flatnonzero(wanted))
+
+
+def _sampled(values: Sequence[float], rollout: Rollout) -> NDArray:
+    return np.asarray(values)[np.asarray(rollout.sampled, dtype=bool)]
+
+
+def _logp(rollout: Rollout, field: str, branch: str, where: str) -> NDArray[np.float64]:
+    """Old or reference log-probs of the sampled tokens under ``branch``; ValueError where they are missing."""
+    values = (getattr(rollout, field) or {}).get(branch)
+    if values is None:
+        need = "kl_coef > 0 needs" if field == "ref_logp" else "the ratio needs"
+        raise ValueError(
+            f"{where}: {need} {field} of the {branch} branch: call attach_logprobs(model, groups, {field!r}) first"
+        )
+    sampled = np.asarray(_sampled(values, rollout), dtype=np.float64)
+    if not np.isfinite(sampled).all():
+        raise ValueError(f"{where}: {field}[{branch!r}] holds NaN or infinity on sampled tokens")
+    return sampled
+
+
+def _counts(plan: ForwardPlan, groups: Sequence[tuple[Group, dict[str, float]]], config: PactConfig) -> Counts:
+    """Sums for the metrics: tokens of this plan, and of ``groups`` how the branches fell."""
+    acting = [(group, shares) for group, shares in groups if acting_rollouts(group)]
+    return {
+        "unique_tokens": plan.unique_tokens,
+        "dense_tokens": plan.dense_tokens,
+        "rl_groups": len(acting),
+        "prompt_share": sum(shares.get(PROMPT, 0.0) for _, shares in acting),
+        "context_overflow": sum(context_overflow(group, config) for group, _ in acting),
+    }
+
+
+def _check_vocabulary(model: nn.Module, plan: ForwardPlan) -> None:
+    vocabulary = lm_head(model).weight.shape[0]
+    if plan.largest_id >= vocabulary:
+        raise ValueError(
+            f"token id {plan.largest_id} is outside the model's vocabulary of {vocabulary}: "
+            "tokenizer and model do not belong together, or resize_token_embeddings is missing"
+        )
+
+
+__all__ = [
+    "CoTrainBatch",
+    "Denominators",
+    "ForwardPlan",
+    "Group",
+    "PactConfig",
+    "PactObjective",
+    "Rollout",
+    "add_metrics",
+    "flatten_metrics",
+]
