@@ -75,7 +75,7 @@ def test_tokens_per_second(name: str, kind: str, benchmark) -> None:
 
 
 def main(repeats: int = 7) -> None:
-    """Print the table. CPU seconds say what one core does even where the machine is shared; wall seconds stand beside."""
+    """Print the table: CPU seconds (what one core does even on a shared machine), wall seconds beside."""
     torch.set_num_threads(1)
     print(f"input tokens a second on one core, in millions (goal {GOAL / 1e6:.0f}); medians of {repeats}")
     for name, shape in SHAPES.items():
