@@ -37,7 +37,7 @@ def flatten_metrics(metrics: Mapping[str, Tensor], steps: int = 1) -> dict[str, 
     }
 
     def mean(name: str, source: str, where: tuple[int, ...]) -> None:
-        count = float(tokens[where].sum())
+        count = float(sums.get(f"{source}_tokens", tokens)[where].sum())
         if count and source in sums:
             flat[name] = float(sums[source][where].sum()) / count
 

@@ -42,7 +42,10 @@ Counts = dict[str, float]
 
 @dataclass(frozen=True)
 class CoTrainBatch:
-    """One forward and the terms of its loss, on the CPU. ``counts``: sums for the metrics, each group counted once."""
+    """One forward and the terms of its loss, on the CPU.
+
+    ``counts``: sums for the metrics, each group counted once. ``entropy``: whether entropies are computed.
+    """
 
     plan: ForwardPlan
     terms: TokenTerms
@@ -126,7 +129,9 @@ class PactObjective:
             here = sorted({g for g, _ in plan.members} - counted)
             counted.update(here)
             counts = _counts(plan, [(groups[g], shares[g]) for g in here], config)
-            batches.append(CoTrainBatch(plan, terms_of(plan), counts, monitor or config.entropy_coef != 0))
+            terms = terms_of(plan)
+            entropy = bool((terms.kind == RL).any()) and (monitor or config.entropy_coef != 0)
+            batches.append(CoTrainBatch(plan, terms, counts, entropy))
         return batches
 
     def loss(self, model: nn.Module, batch: CoTrainBatch) -> CoTrainResult:
@@ -151,11 +156,13 @@ class PactObjective:
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             kl_coef=config.kl_coef,
-            entropy_coef=config.entropy_coef,
+            entropy_coef=config.entropy_coef if batch.entropy else 0.0,  # no RL row, no entropy term
             **head.options(config.temperature),
         )
         absent = {"kl": batch.terms.ref_logp is None, "entropy": not batch.entropy}
         metrics = {name: value for name, value in result.metrics.items() if not absent.get(name, False)}
+        if batch.entropy:
+            metrics["entropy_tokens"] = metrics["tokens"]  # not every batch computes it
         for name, value in batch.counts.items():
             metrics[name] = torch.tensor(value, dtype=torch.float64, device=hidden.device)
         return CoTrainResult(result.loss, metrics)

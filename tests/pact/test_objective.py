@@ -363,6 +363,9 @@ def test_what_is_annealed_out_is_not_computed_unless_monitored(models):
     assert "entropy/prompt" in flat
     assert "entropy/prompt" not in flatten_metrics(quiet[2])
     assert "kl/prompt" not in flat
+    both = dict(watched[2])
+    add_metrics(both, quiet[2])
+    assert flatten_metrics(both, steps=2)["entropy/prompt"] == flat["entropy/prompt"]
 
 
 def test_nothing_to_learn_gives_no_batch():
