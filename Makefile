@@ -28,7 +28,7 @@ lint: setup
 
 bench: setup
 	$(PYTHON) -m pytest benchmarks/prefix_tree.py --benchmark-only
-	$(PYTHON) -m benchmarks.one_pass --shape cpu
+	$(PYTHON) benchmarks/one_pass.py --shape cpu
 
 gpu: setup
 	PACT_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/pact_kernels

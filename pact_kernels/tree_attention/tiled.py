@@ -34,7 +34,8 @@ class _Batch:
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """[T, 1, B, K] additive mask: 0 where ``key <= query < end``, else -inf."""
-        query_TB1, key_T1K, end_T1K = self.query_TB[:, :, None], self.key_TK[:, None, :], self.end_TK[:, None, :]
+        query_TB1, key_T1K = self.query_TB.int()[:, :, None], self.key_TK.int()[:, None, :]
+        end_T1K = self.end_TK[:, None, :]
         hidden = (key_T1K > query_TB1).logical_or_(query_TB1 >= end_T1K)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
 
@@ -44,7 +45,7 @@ class Plan:
 
     def __init__(self, subtree_end: Tensor):
         length, device = subtree_end.numel(), subtree_end.device
-        end = np.append(subtree_end.cpu().numpy(), 0)  # position `length` stands for a padded key
+        end = np.append(subtree_end.cpu().numpy(), np.int32(0))  # position `length` stands for a padded key
         n_visible = end[:length].sum(dtype=np.int64) - length * (length - 1) // 2  # sum of subtree_end[k] - k
         self.tile = min(length, LONG_TILE if n_visible >= LONG_PATH * length else SHORT_TILE)
         self.n_tiles = -(-length // self.tile)
