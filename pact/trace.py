@@ -290,7 +290,7 @@ _CUT_RE = re.compile(
     r"""\n\s*\n | \n                                          # line breaks, empty lines with them
       | (?<!\b[A-Za-z]\.) (?<!^\d\.) (?<!^\d\d\.)             # not "e.g.", not "1." at the start of a line
         (?<=[.!?]) ["')\]]* (?=[ \t]+\S)                      # the blank opens the next sentence, as in its token
-      | (?<=[。！？])(?=.)""",
+      | (?<=[。！？])(?=[^\s。！？])""",
     re.VERBOSE | re.MULTILINE,
 )
 

@@ -211,6 +211,23 @@ def test_tags_and_end_of_turn_belong_to_what_they_bound(layout):
     assert trace.ids[-1] == end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
+@every_layout
+def test_blanks_at_the_edges_of_an_observation_are_observation(layout):
+    tokenizer = TOKENIZERS[layout]
+    trace = render_trace([TRACE[0], {**TRACE[1], "content": " x  "}, TRACE[2]], None, tokenizer)
+    observed = [token for token, component in zip(trace.ids, trace.component) if component == OBSERVATION]
+    assert tokenizer.decode(observed).removesuffix("\n") == " x  "
+
+
+@every_layout
+def test_a_segment_that_begins_no_token_is_not_counted(layout):
+    tokenizer = TOKENIZERS[layout]
+    assert len(tokenizer.encode("。「！」", add_special_tokens=False)) == 1
+    trace = render_trace([{"role": "assistant", "reasoning_content": "a。「！」b\nc"}], None, tokenizer)
+    assert len(split_segments("a。「！」b\nc")) == 4
+    assert sorted(set(trace.segment)) == [0, 1, 2]
+
+
 def test_qwen_layout_word_for_word():
     tokenizer = TOKENIZERS["qwen"]
     head, suffix = render_prompt(QUESTION, [schema()], tokenizer)
@@ -457,6 +474,12 @@ def test_prepare_installs_the_training_template_once_and_it_survives_saving(layo
     assert loaded.chat_template == installed
     assert prepare_tokenizer(loaded).chat_template == installed
     assert render_trace(TRACE, None, loaded) == render_trace(TRACE, None, TOKENIZERS[layout])
+
+
+def test_a_turn_must_end_with_a_control_token():
+    own = TOKENIZERS["toybox"].chat_template.replace("<|im_end|>", "<|end|>")
+    with pytest.raises(ValueError, match="ends no turn with a control token"):
+        prepare_tokenizer(unknown_layout(own))
 
 
 def test_a_training_template_of_the_user_is_kept():

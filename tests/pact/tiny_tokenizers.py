@@ -25,6 +25,7 @@ CORPUS = (
     '{"name":"lookup","arguments":{}}',
     "<think>\nI need the tool. The answer is 42!\n</think>\n\n"
     "assistant user tool system <tool_response> </tool_response>",
+    "。「！」" * 20,  # becomes one token with sentence ends inside
 )
 
 
