@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 from pact.objective import PactConfig
 
+USAGE = "pact train [CONFIG.yaml] [--resume [RUN]] [--SETTING VALUE ...]"
 SCRATCH = "toybox"  # the value of --model that stands for "build it from model_config"
 
 
@@ -104,6 +105,7 @@ class PactTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser reads the second member)
         default="tensorboard", metadata={"help": "loggers of transformers"}
     )
+    dataloader_pin_memory: bool = _help("tasks are no tensors, there is nothing to pin", False)
     ddp_find_unused_parameters: bool | None = _help("every parameter has a gradient in every step", False)
     remove_unused_columns: bool = _help("stays false: tasks are no columns", False)
     logging_nan_inf_filter: bool = _help("stays false: a loss that is not finite is an error", False)
@@ -129,6 +131,11 @@ class PactTrainingArguments(TrainingArguments):
             raise ValueError(f"warm_start_context_share is {self.warm_start_context_share}, set it between 0 and 1")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}, set it above 0 and at most 1")
+        if self.warm_start_lr_scheduler_type not in list(SchedulerType):
+            raise ValueError(
+                f"unknown warm_start_lr_scheduler_type {self.warm_start_lr_scheduler_type!r}: choose one of "
+                f"{', '.join(kind.value for kind in SchedulerType)}"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: tasks are objects, not columns")
 
@@ -176,7 +183,7 @@ def parse_settings(argv: Sequence[str], *files: Path) -> RunSettings:
 
     Raises ValueError for an unknown setting, a value of the wrong type or one out of range.
     """
-    parser = _Parser([ModelArguments, EnvArguments, _as_flags(PactConfig), PactTrainingArguments], prog="pact train")
+    parser = _Parser([ModelArguments, EnvArguments, _as_flags(PactConfig), PactTrainingArguments], usage=USAGE)
     known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
     values: dict[str, Any] = {}
     for path in files:
@@ -249,21 +256,22 @@ def _nearest(name: str, known: set[str]) -> str:
 
 
 def _build(parser: _Parser, found: dict[str, Any]) -> RunSettings:
-    own, built = {f.name for f in fields(PactTrainingArguments)} - {f.name for f in fields(TrainingArguments)}, []
+    defaults = vars(parser.parse_known_args([])[0])
+    own = {f.name for f in fields(PactTrainingArguments)} - {f.name for f in fields(TrainingArguments)}
+    built: list[Any] = []
     values: dict[str, Any] = {}
     for kind in parser.dataclass_types:
         given = {f.name: found[f.name] for f in fields(kind) if f.init}
         values |= {
             key: value
             for key, value in given.items()
-            if key in own or kind is not PactTrainingArguments or value != parser.get_default(key)
+            if key in own or kind is not PactTrainingArguments or value != defaults[key]
         }
-        if kind.__name__ == PactConfig.__name__:
-            built.append(PactConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}))
-        else:
-            built.append(kind(**given))
+        make: Any = PactConfig if kind.__name__ == PactConfig.__name__ else kind
+        built.append(make(**given))
     model, env, pact, training = built
-    return RunSettings(model, env, pact, training, {k: v for k, v in values.items() if v is not None})
+    values |= {"model_config": model.model_config, "env_options": env.env_options}
+    return RunSettings(model, env, pact, training, {k: v for k, v in values.items() if v not in (None, {})})
 
 
 __all__ = [

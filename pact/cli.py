@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from pact import __version__
 
-USAGE = """usage: pact train [CONFIG.yaml] [--resume [RUN]] [--SETTING VALUE ...]
+USAGE = """usage: pact COMMAND ...
 
-  train    train a tool-use agent: warm start, rollouts, PACT updates, evaluation (pact train --help: all settings)
+  train    warm start, rollouts, PACT updates, evaluation (pact train --help lists all settings):
+           pact train [CONFIG.yaml] [--resume [RUN]] [--SETTING VALUE ...]
 
   --version, --help"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
+DRAW_SECONDS = 60.0  # at least, between two drawings at saves
 
 # One panel a row: title, then the metrics of metrics.jsonl drawn in it.
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -67,6 +69,7 @@ class MetricsWriter(TrainerCallback):
 
     def __init__(self, run: Path, phase: str) -> None:
         self.path, self.curves, self.phase = run / METRICS_FILE, run / CURVES_FILE, phase
+        self._drawn = -math.inf  # when the curves were last drawn
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.path.exists():
@@ -89,8 +92,9 @@ class MetricsWriter(TrainerCallback):
             file.write(json.dumps(record) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and time.monotonic() - self._drawn > DRAW_SECONDS:
             draw_curves(self.path, self.curves)
+            self._drawn = time.monotonic()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

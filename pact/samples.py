@@ -125,9 +125,9 @@ def check_prompts(
 
 
 def with_usable_trace(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, config: PactConfig) -> list[Task]:
-    """The tasks that have an expert trace which fits the context."""
+    """The tasks that have an expert trace which fits the context. Raises ValueError when there is none."""
     limit = config.context_length
-    return [
+    usable = [
         task
         for task in tasks
         if task.expert is not None
@@ -137,6 +137,12 @@ def with_usable_trace(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase,
             or sft_group(task, tokenizer, config, trace_in_context=False) is not None
         )
     ]
+    if not usable:
+        raise ValueError(
+            "a warm start needs expert traces that fit the context and no training task has one: give traces, or set "
+            "warm_start_steps to 0"
+        )
+    return usable
 
 
 def surely_within(record: Any, limit: int) -> bool:

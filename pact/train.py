@@ -3,7 +3,7 @@
 It owns the run's folder; the steps themselves are the trainer's.
 
     runs/<name>/  config.yaml  metrics.jsonl  curves.png  tensorboard/  checkpoint-*/  model/
-                  eval_start.json  eval_final.json  warm_start/checkpoint-*/
+                  eval_start.jsonl  eval_final.jsonl  warm_start/checkpoint-*/
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from transformers.utils import logging
 
 from pact.arguments import SCRATCH, ModelArguments, PactTrainingArguments, RunSettings, as_dict, parse_settings
 from pact.envs import Environment, Task, make
-from pact.evaluate import Evaluation, paired_bootstrap
+from pact.evaluate import EpisodeRecord, load_records, paired_improvement, save_records
 from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, peak_memory_bytes
-from pact.trainer import PactTrainer, WarmStartTrainer, buffer_name
+from pact.samples import with_usable_trace
+from pact.trace import prepare_tokenizer
+from pact.trainer import PactTrainer, WarmStartTrainer, buffer_name, with_context
 
 logger = logging.get_logger(__name__)
 
@@ -149,7 +151,7 @@ def load_model(
             raise ValueError("model_config is for new models: leave it out, or set model to " + SCRATCH)
         tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(weights or source, dtype=arguments.dtype)
-    return model, tokenizer
+    return model, prepare_tokenizer(tokenizer)
 
 
 def _scratch_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -163,6 +165,7 @@ def _scratch_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase
 
 def run(argv: Sequence[str]) -> None:
     """Everything ``pact train`` does. Raises ValueError or RuntimeError for what the user can mend."""
+    logging.disable_progress_bar()  # those of loading and saving weights; the trainer's own stays
     state = open_run(argv)
     settings, args = state.settings, state.settings.training
     args.output_dir = str(state.folder)
@@ -172,19 +175,21 @@ def run(argv: Sequence[str]) -> None:
     warm, warm_finished = last_checkpoint(state.folder / WARM_START, args.warm_start_steps)
     weights = checkpoint if finished else warm if warm_finished else None
     model, tokenizer = load_model(settings.model, env, args.seed, weights)
+    config = with_context(settings.pact, model)
+    warm_tasks = with_usable_trace(train_tasks, tokenizer, config) if args.warm_start_steps else []
     _log_to(state.folder, "train")
     callbacks: list[Any] = [MetricsWriter(state.folder, "train")]
-    trainer = PactTrainer(model, args, env, tokenizer, settings.pact, train_tasks, test_tasks, callbacks)
+    trainer = PactTrainer(model, args, env, tokenizer, config, train_tasks, test_tasks, callbacks)
     if trainer.is_world_process_zero() and not state.resumed:
         state.folder.mkdir(parents=True, exist_ok=True)
         (state.folder / CONFIG_FILE).write_text(yaml.safe_dump(settings.values, sort_keys=False), encoding="utf-8")
         print(f"run folder: {state.folder}", flush=True)
     if args.warm_start_steps and not (warm_finished or finished):
-        warm_start(state, model, env, tokenizer, train_tasks, warm)
-    before = _evaluation(trainer, state.folder / "eval_start.json")
+        warm_start(state, model, env, tokenizer, warm_tasks, warm)
+    before = _evaluation(trainer, state.folder / "eval_start.jsonl")
     if not finished:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = _evaluation(trainer, state.folder / "eval_final.json")
+    after = _evaluation(trainer, state.folder / "eval_final.jsonl")
     trainer.save_model(str(state.folder / "model"))
     if trainer.is_world_process_zero():
         draw_curves(state.folder / METRICS_FILE, state.folder / CURVES_FILE)
@@ -230,20 +235,22 @@ def _log_to(folder: Path, phase: str) -> None:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard" / phase)
 
 
-def _evaluation(trainer: PactTrainer, path: Path) -> Evaluation | None:
+def _evaluation(trainer: PactTrainer, path: Path) -> list[EpisodeRecord] | None:
     """Greedy evaluation, kept in ``path`` so that a resumed run does not repeat it; None without evaluation tasks."""
     if not trainer.eval_dataset:
         return None
     if path.is_file():
-        return Evaluation.load(path)
-    trainer.evaluate()
-    evaluation = trainer.last_evaluation
+        return load_records(path)
+    if trainer.records_step != trainer.state.global_step:
+        trainer.evaluate()
     if trainer.is_world_process_zero():
-        evaluation.save(path)
-    return evaluation
+        save_records(trainer.records, path)
+    return trainer.records
 
 
-def _summarise(state: Run, trainer: PactTrainer, before: Evaluation | None, after: Evaluation | None) -> None:
+def _summarise(
+    state: Run, trainer: PactTrainer, before: list[EpisodeRecord] | None, after: list[EpisodeRecord] | None
+) -> None:
     """The closing lines: where the model is, what it cost and, last, what training gained on the same episodes."""
     peak, rates = peak_memory_bytes(trainer.args.device), trainer.totals.means()
     spent = [f"peak memory {peak / 2**30:.2f} GiB"] if peak else []
@@ -253,9 +260,9 @@ def _summarise(state: Run, trainer: PactTrainer, before: Evaluation | None, afte
     print(f"model: {state.folder / 'model'}")
     print(f"{', '.join(spent)} (each process)")
     if before is not None and after is not None:
-        mean, bound = paired_bootstrap(before.rewards, after.rewards)
+        mean, bound, count = paired_improvement(before, after)
         start = "warm start" if state.settings.training.warm_start_steps else "start"
-        print(f"improvement over {start}: {mean:.4f} on {len(after.rewards)} episodes, 95% lower bound: {bound:.4f}")
+        print(f"improvement over {start}: {mean:.4f} on {count} episodes, 95% lower bound: {bound:.4f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from transformers.utils import logging
 from pact.arguments import PactTrainingArguments
 from pact.engines.transformers import TransformersEngine
 from pact.envs import Environment, Task
+from pact.evaluate import EpisodeRecord, evaluate, summarize
 from pact.metrics import add_metrics
 from pact.modeling import attach_tree_attention
 from pact.objective import CoTrainResult, Denominators, Group, PactConfig, PactObjective, flatten_metrics
@@ -91,7 +92,7 @@ class PactTrainer(Trainer):
         check_vocabulary(model, tokenizer)
         attach_tree_attention(model)
         self.env = env
-        self.config = self._configure(_with_context(config or PactConfig(), model))
+        self.config = self._configure(with_context(config or PactConfig(), model))
         self.objective = PactObjective(self.config)
         self.limits = RolloutLimits(
             args.max_turns, args.max_turn_tokens, args.max_response_tokens, self.config.context_length
@@ -99,6 +100,8 @@ class PactTrainer(Trainer):
         tasks = list(env.tasks("train") if train_dataset is None else train_dataset)
         if eval_dataset is None and args.eval_tasks:
             eval_dataset = env.tasks("test")[: args.eval_tasks]
+        if not eval_dataset and args.eval_strategy != "no":
+            raise ValueError(f"eval_strategy {args.eval_strategy} has no tasks to evaluate: set eval_tasks")
         super().__init__(
             model=model,
             args=args,
@@ -120,6 +123,8 @@ class PactTrainer(Trainer):
         self._tokens = 0  # unique tokens of the last micro-batch
         self._steps = 0  # optimiser steps since the last log
         self.sums: dict[str, Tensor] = {}  # the objective's metrics since the last log
+        self.records: list[EpisodeRecord] = []  # of the last evaluation, at optimiser step records_step
+        self.records_step = -1
         self.meter, self.totals = Meter(), Meter()  # ours since the last log, and over all logs
 
     def _configure(self, config: PactConfig) -> PactConfig:
@@ -349,12 +354,22 @@ class PactTrainer(Trainer):
     ) -> dict[str, float]:
         """Greedy episodes of the evaluation tasks; logs and returns means of reward and of the metrics."""
         start = time.perf_counter()
-        evaluation = self.play(self.eval_dataset if eval_dataset is None else eval_dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.means.items()}
+        records = self.play(cast(Sequence[Task], self.eval_dataset if eval_dataset is None else eval_dataset))
+        metrics = {f"{metric_key_prefix}_{name}": value.mean for name, value in summarize(records).items()}
+        metrics[f"{metric_key_prefix}_turns"] = sum(record.turns for record in records) / len(records)
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def play(self, tasks: Sequence[Task]) -> list[EpisodeRecord]:
+        """One greedy episode of each task, shared out over the processes; records in the order of ``tasks``."""
+        mine = tasks[self.args.process_index :: self.args.world_size]
+        with self.accelerator.autocast():
+            records = evaluate(self.engine, self.env, self.processing_class, mine, limits=self.limits) if mine else []
+        by_id = {record.id: record for record in gather_object(records)}
+        self.records, self.records_step = [by_id[task.id] for task in tasks], self.state.global_step
+        return self.records
 
 
 class WarmStartTrainer(PactTrainer):
@@ -378,13 +393,7 @@ class WarmStartTrainer(PactTrainer):
         )
 
     def _usable(self, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, args: PactTrainingArguments) -> list[Task]:
-        fitting = with_usable_trace(tasks, tokenizer, self.config)
-        if not fitting:
-            raise ValueError(
-                "a warm start needs expert traces that fit the context and no training task has one: give traces, or "
-                "set warm_start_steps to 0"
-            )
-        return super()._usable(fitting, tokenizer, args)
+        return super()._usable(with_usable_trace(tasks, tokenizer, self.config), tokenizer, args)
 
     def make_groups(self, tasks: list[Task]) -> list[Group]:
         draw = self.stream("context")
@@ -425,7 +434,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def _with_context(config: PactConfig, model: PreTrainedModel) -> PactConfig:
+def with_context(config: PactConfig, model: PreTrainedModel) -> PactConfig:
     """``config`` with the model's context length where it sets none; raises ValueError where it sets a longer one."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if config.context_length is None:
