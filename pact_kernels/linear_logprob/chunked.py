@@ -26,8 +26,8 @@ class ChunkBudget:
 
 BUDGET = ChunkBudget()
 
-# CPU matmuls take other paths, with other rounding, for a handful of rows. Short chunks are padded to this many so that
-# a row's log-prob does not depend on how many rows come with it.
+# CPU matmuls and sums take other paths, with other rounding, for a handful of rows. Short chunks are padded to this
+# many, so that a row's log-prob does not depend on how many rows come with it.
 PADDED_ROWS = 32
 
 
@@ -90,23 +90,25 @@ class Head:
 
         Centred on the row's maximum m: with ``t = sum e^(z-m)``, ``H = log t - sum e^(z-m) (z-m) / t``.
         """
-        z_nV = self._linear(hidden_nH)
-        tanh_nV = None
+        n = rows.numel()
+        z_pV = self._linear(hidden_nH)
+        tanh_pV = None
         if self.softcap is not None:
-            tanh_nV = z_nV.div_(self.softcap).tanh_()
-            z_nV = tanh_nV * self.softcap
+            tanh_pV = z_pV.div_(self.softcap).tanh_()
+            z_pV = tanh_pV * self.softcap
         if self.inv_temperature_N is not None:
-            z_nV.mul_(self.inv_temperature_N[rows, None])
-        z_nV.sub_(z_nV.amax(dim=1, keepdim=True))
-        target_z_n = z_nV.gather(1, self.target_N[rows, None])[:, 0]
-        exp_nV = torch.exp(z_nV) if entropy else z_nV.exp_()
-        total_n = exp_nV.sum(dim=1)
+            z_pV[:n].mul_(self.inv_temperature_N[rows, None])
+        z_pV.sub_(z_pV.amax(dim=1, keepdim=True))
+        target_z_n = z_pV[:n].gather(1, self.target_N[rows, None])[:, 0]
+        exp_pV = torch.exp(z_pV) if entropy else z_pV.exp_()
+        total_n = exp_pV.sum(dim=1)[:n]
         log_total_n = total_n.log()
-        scores = Scores(target_z_n - log_total_n, None, exp_nV, None, tanh_nV, total_n, log_total_n)
+        tanh_nV = None if tanh_pV is None else tanh_pV[:n]
+        scores = Scores(target_z_n - log_total_n, None, exp_pV[:n], None, tanh_nV, total_n, log_total_n)
         if not entropy:
             return scores
-        expz_nV = z_nV.mul_(exp_nV)
-        return scores._replace(entropy_n=log_total_n - expz_nV.sum(dim=1) / total_n, expz_nV=expz_nV)
+        expz_pV = z_pV.mul_(exp_pV)
+        return scores._replace(entropy_n=log_total_n - expz_pV.sum(dim=1)[:n] / total_n, expz_nV=expz_pV[:n])
 
     def logit_gradient_(self, rows: Tensor, scores: Scores, dlogp_n: Tensor, dentropy_n: Tensor | None) -> Tensor:
         """dL/du [n, V]; overwrites the buffers of ``scores``.
@@ -130,15 +132,16 @@ class Head:
         return gradient_nV
 
     def _linear(self, hidden_nH: Tensor) -> Tensor:
+        """Logits [p, V] before softcap of the n rows, padded to p = max(n, PADDED_ROWS)."""
         n_rows = hidden_nH.shape[0]
         if n_rows < PADDED_ROWS:
             hidden_nH = torch.nn.functional.pad(hidden_nH, (0, 0, 0, PADDED_ROWS - n_rows))
-        u_nV = hidden_nH.new_empty(hidden_nH.shape[0], self.weight_VH.shape[0])
+        u_pV = hidden_nH.new_empty(hidden_nH.shape[0], self.weight_VH.shape[0])
         for tile, weight_vH in self.tiles():
-            torch.mm(hidden_nH, weight_vH.T, out=u_nV[:, tile])
+            torch.mm(hidden_nH, weight_vH.T, out=u_pV[:, tile])
         if self.bias_V is not None:
-            u_nV.add_(self._widen(self.bias_V))
-        return u_nV[:n_rows]
+            u_pV.add_(self._widen(self.bias_V))
+        return u_pV
 
     def _widen(self, value: Tensor) -> Tensor:
         return value.to(self.operand_dtype).to(self.dtype)

@@ -234,10 +234,11 @@ def test_gradients_nobody_needs_are_not_computed() -> None:
 
 def test_a_row_does_not_depend_on_how_many_come_with_it() -> None:
     problem = Problem.random(507)
-    full = linear_logprob(problem.hidden, problem.weight, problem.target).logp
+    full = linear_logprob(problem.hidden, problem.weight, problem.target, entropy=True)
     for n in (1, 2, 31, 33, 100, 101, 506):
-        part = linear_logprob(problem.hidden[:n], problem.weight, problem.target[:n]).logp
-        assert torch.equal(part, full[:n]), n
+        part = linear_logprob(problem.hidden[:n], problem.weight, problem.target[:n], entropy=True)
+        assert torch.equal(part.logp, full.logp[:n]), n
+        assert torch.equal(part.entropy, full.entropy[:n]), n
 
 
 def test_autocast_rounds_inside_and_accumulates_in_float32() -> None:
