@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # branches (about TILE / mean path of the work), a short one gathers the same keys more often.
 SHORT_TILE, LONG_TILE, LONG_PATH = 64, 128, 512
 BATCH_KEYS = 4096  # gathered key rows of one batch: bounds the scratch memory and keeps the batch near the caches
-MASK_CACHE_BYTES = 256 * 2**20  # masks of a whole tree are kept for all layers up to here, else built for each call
+MASK_CACHE_BYTES = 128 * 2**20  # bool masks of a whole tree are kept for all layers up to here, else rebuilt
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,11 @@ class _Batch:
     key_TK: Tensor
     end_TK: Tensor
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """[T, 1, B, K] additive mask: 0 where ``key <= query < end``, else -inf."""
+    def hidden(self) -> Tensor:
+        """[T, 1, B, K] bool: true where the query does not see the key, that is unless ``key <= query < end``."""
         query_TB1, key_T1K = self.query_TB.int()[:, :, None], self.key_TK.int()[:, None, :]
         end_T1K = self.end_TK[:, None, :]
-        hidden = (key_T1K > query_TB1).logical_or_(query_TB1 >= end_T1K)
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
+        return (key_T1K > query_TB1).logical_or_(query_TB1 >= end_T1K)[:, None]
 
 
 class Plan:
@@ -59,15 +58,13 @@ class Plan:
             columns = (np.array(tiles), query_TB, np.where(key_TK < length, key_TK, 0), end[key_TK])
             self.batches.append(_Batch(*(torch.from_numpy(column).to(device) for column in columns)))
         n_pairs = self.tile * sum(batch.key_TK.numel() for batch in self.batches)
-        self._masks: dict[torch.dtype, list[Tensor]] | None = {} if 4 * n_pairs <= MASK_CACHE_BYTES else None
+        self._hidden = [batch.hidden() for batch in self.batches] if n_pairs <= MASK_CACHE_BYTES else None
 
     def masked_batches(self, dtype: torch.dtype) -> Iterator[tuple[_Batch, Tensor]]:
-        """Each batch with its mask in ``dtype``."""
-        if self._masks is None:
-            return ((batch, batch.mask(dtype)) for batch in self.batches)
-        if dtype not in self._masks:
-            self._masks[dtype] = [batch.mask(dtype) for batch in self.batches]
-        return zip(self.batches, self._masks[dtype])
+        """Each batch with its additive mask, 0 or -inf in ``dtype``."""
+        for i, batch in enumerate(self.batches):
+            hidden = batch.hidden() if self._hidden is None else self._hidden[i]
+            yield batch, torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def _tile_keys(end: np.ndarray, length: int, tile: int) -> list[np.ndarray]:
