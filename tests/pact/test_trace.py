@@ -335,6 +335,7 @@ def test_label_turn_takes_whatever_was_sampled(layout):
         ("漢字。次の文。", 2),
         ("no end", 1),
         ("Trailing blanks.  \n\n", 1),
+        ("Trailing indent.\n  ", 1),
         ("", 0),
     ],
 )
