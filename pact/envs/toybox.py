@@ -6,6 +6,7 @@ trains nothing; the tokenizer made from its own text is in ``pact.envs.toybox_te
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import zlib
@@ -36,7 +37,7 @@ RELATIONS = (
     Relation("home town", "person", "city", "address"),
     Relation("founder", "company", "person", "founders"),
     Relation("head office", "company", "city", "offices"),
-    Relation("founding year", "company", "integer", "charter"),
+    Relation("age", "company", "integer", "charter"),
     Relation("mayor", "city", "person", "council"),
     Relation("population", "city", "integer", "census"),
 )
@@ -170,7 +171,7 @@ class Toybox:
             if relation in spare:
                 facts[tool] = {h.subject: self._value(rng, relation, known) for h in hops}
         numeric = hops[-1].relation.object == "integer"
-        addend = rng.randint(2, 99) if numeric and rng.random() < self.arithmetic else None
+        addend = rng.randint(2, 50) if numeric and rng.random() < self.arithmetic else None
         busy = frozenset(tool for tool in relations if rng.random() < self.flaky)
         return World(tuple(hops), addend, facts, relations, busy)
 
@@ -190,7 +191,7 @@ class Toybox:
     @staticmethod
     def _value(rng: random.Random, relation: Relation, known: set[str]) -> str | int:
         if relation.object == "integer":
-            return rng.randint(1800, 2020) if relation.base == "charter" else rng.randint(100, 9999)
+            return rng.randint(10, 49)
         value = name(rng, relation.object)
         while value in known:
             value = name(rng, relation.object)
@@ -234,15 +235,12 @@ def name(rng: random.Random, kind: str) -> str:
 
 
 def _names() -> dict[str, list[str]]:
-    """A hundred made-up names a kind: few enough for a token each, so that a small model can learn to copy them."""
+    """Thirty-two made-up names a kind: few enough for a token each, so that a small model learns to copy them."""
     rng = random.Random("toybox/names")
     syllables = [onset + vowel for onset in "bdfgklmnprstvz" for vowel in "aeiou"]
-    words = sorted({"".join(rng.sample(syllables, 2)) for _ in range(400)})[:: 400 // 320]
-    rng.shuffle(words)
+    words = ["".join(pair) for pair in itertools.permutations(syllables, 2)]
     endings = {"person": "n", "company": "co", "city": "burg"}
-    return {
-        kind: [(word + end).capitalize() for word in words[i::3][:100]] for i, (kind, end) in enumerate(endings.items())
-    }
+    return {kind: [(word + end).capitalize() for word in rng.sample(words, 32)] for kind, end in endings.items()}
 
 
 NAMES = _names()

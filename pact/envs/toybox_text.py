@@ -21,9 +21,10 @@ CONTROL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 # What may become one token: the skeleton of the JSON around keys; a name, always without its spaces, so that it is
-# the same wherever it stands (a small model can then copy it); a digit; a word with its spaces; a run of signs.
+# the same wherever it stands (a small model can then copy it); up to three digits; a word with its spaces; signs.
 _KEYS = "type|function|name|description|parameters|properties|required|arguments"
-PIECES = rf'(?:[{{}}\[\],":]*(?:{_KEYS})":[{{\["]*(?:object)?)+|[A-Z][a-z]+|[A-Z]|\d| ?[a-z_]+ ?|\n|[^A-Za-z\d\n]+'
+_SKELETON = rf'(?:[{{}}\[\],":]*(?:{_KEYS})":[{{\["]*(?:object)?)+'
+PIECES = _SKELETON + r"|[A-Z][a-z]+|[A-Z]|\d{1,3}| ?[a-z_]+ ?|\n|[^A-Za-z\d\n]+"
 
 
 def _train(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -62,7 +63,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from pact.trace import render_context, render_prompt, render_trace
 
     spelling = _wrap(_train([], 256 + len(CONTROL) + len(MARKUP)))  # one token a byte: ids that decode to the text
-    texts = [name for names in NAMES.values() for name in names] * MIN_FREQUENCY  # so that each becomes one token
+    atoms = [name for names in NAMES.values() for name in names] + [str(number) for number in range(100)]
+    texts = atoms * MIN_FREQUENCY  # so that each becomes one token
     for task in Toybox(train=CORPUS, seed=1, hops=(1, 3), flaky=0.1).tasks("train"):
         assert task.expert is not None
         head, suffix = render_prompt(task.messages, task.tools, spelling)
