@@ -34,6 +34,7 @@ class ModelArguments:
     model_config: dict | str | None = field(
         default=None, metadata={"help": "scratch model: keys of its transformers config (default: a tiny Qwen3)"}
     )
+    copy_gain: float = _help("scratch model: gain of the copying initialisation of its attention; 0: none", 0.5)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _help(
         "dtype of the weights; auto: as the folder stores them", "float32"
     )

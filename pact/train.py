@@ -22,12 +22,10 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 from transformers.utils import logging
 
@@ -36,25 +34,13 @@ from pact.envs import Environment, Task, make
 from pact.evaluate import EpisodeRecord, load_records, paired_improvement, save_records
 from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, peak_memory_bytes
 from pact.samples import with_usable_trace
+from pact.scratch import new_model
 from pact.trace import prepare_tokenizer
 from pact.trainer import PactTrainer, WarmStartTrainer, buffer_name, with_context
 
 logger = logging.get_logger(__name__)
 
 CONFIG_FILE, WARM_START = "config.yaml", "warm_start"
-
-# Used by `--model toybox` where model_config names no other value: 4 layers, about 3 million parameters.
-SCRATCH_CONFIG: dict[str, Any] = {
-    "model_type": "qwen3",
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
 
 
 @dataclass(frozen=True)
@@ -143,7 +129,9 @@ def load_model(
             raise ValueError("a new model takes the environment's tokenizer and this one has none: give --model FOLDER")
         tokenizer = env.tokenizer()
         if weights is None:
-            return _scratch_model(arguments, tokenizer, seed), tokenizer
+            config = as_dict("model_config", arguments.model_config)
+            dtype = "float32" if arguments.dtype == "auto" else arguments.dtype
+            return new_model(config, tokenizer, seed, dtype, arguments.copy_gain), tokenizer
     elif not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(f"no model folder {source}: give a folder saved by save_pretrained, or a hub name")
     else:
@@ -152,15 +140,6 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(weights or source, dtype=arguments.dtype)
     return model, prepare_tokenizer(tokenizer)
-
-
-def _scratch_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    values = {"vocab_size": len(tokenizer)} | SCRATCH_CONFIG | as_dict("model_config", arguments.model_config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        values.setdefault(name, getattr(tokenizer, name))
-    set_seed(seed)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    return AutoModelForCausalLM.from_config(config, dtype="float32" if arguments.dtype == "auto" else arguments.dtype)
 
 
 def run(argv: Sequence[str]) -> None:

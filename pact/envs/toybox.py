@@ -12,10 +12,13 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pact.envs import toybox_text
 from pact.envs.base import Message, Score, Task, ToolSchema
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SIDES = ("north", "south", "east", "west", "upper", "lower")
 TEST_SHARE = 5  # start names with crc32 % 5 == 0 belong to the test split, so no prompt is ever in both
@@ -128,7 +131,7 @@ class Toybox:
         """A fresh attempt at ``task``."""
         return ToyboxEpisode(task, self.reward)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The toybox tokenizer, ready for training; the same for all settings."""
         return toybox_text.build_tokenizer()
 

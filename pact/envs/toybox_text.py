@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 VOCAB_SIZE = 1536
 CORPUS = 300  # tasks in the tokenizer's text
@@ -47,7 +47,7 @@ def _train(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     from pact.trace import prepare_tokenizer
@@ -57,7 +57,7 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 @lru_cache(maxsize=1)
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of every toybox run, trained on fixed tasks of all shapes, rendered as the models will see them."""
     from pact.envs.toybox import NAMES, Toybox
     from pact.trace import render_context, render_prompt, render_trace
@@ -69,6 +69,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         assert task.expert is not None
         head, suffix = render_prompt(task.messages, task.tools, spelling)
         trace = render_trace(task.expert, task.tools, spelling)
-        texts += (spelling.decode(ids) for ids in (head + suffix + trace.ids, render_context(task.expert, spelling)))
+        for ids in (head + suffix + trace.ids, render_context(task.expert, spelling)):
+            texts.append(str(spelling.decode(ids)))
     markers = re.compile("|".join(map(re.escape, CONTROL + MARKUP)))
     return _wrap(_train([piece for text in texts for piece in markers.split(text) if piece], VOCAB_SIZE))
