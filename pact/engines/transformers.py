@@ -39,9 +39,11 @@ def sample_tokens(
         probs_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
         # A token stays when the mass before it has not reached top_p, so the most probable one always stays.
         probs_BV = probs_BV.masked_fill(probs_BV.cumsum(dim=-1) - probs_BV >= sampling.top_p, 0.0)
-    cumulative_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
-    threshold = (uniform_B * cumulative_BV[:, -1]).unsqueeze(1)
-    # right=True: the first entry ABOVE the threshold, never a token of probability 0. The clamp only matters for NaN.
+    cumulative_BV = probs_BV.cumsum(dim=-1)
+    total_B1 = cumulative_BV[:, -1:]
+    # right=True takes the first entry ABOVE the threshold; with the threshold below the total it is never a token of
+    # probability 0. The clamp only matters for NaN.
+    threshold = (uniform_B[:, None] * total_B1).float().minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
     ids = torch.searchsorted(cumulative_BV, threshold, right=True).clamp_(max=probs_BV.shape[1] - 1)
     ids = ids if order_BV is None else order_BV.gather(1, ids)
     return ids[:, 0], logp_BV.gather(1, ids)[:, 0]
