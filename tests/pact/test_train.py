@@ -176,7 +176,7 @@ def test_shipped_configurations_parse(path):
         (["--warm_start_lr_scheduler_type", "cosin"], "warm_start_lr_scheduler_type"),
         (["--max_prompt_tokens", "20"], "raise them, or set overlong_prompts to drop"),
         (["--model_config", '{"model_type": "qwen3", "vocab_size": 9}'], "tokens and the model 9"),
-        (["--model_config", '{"model_type": "gemma2", "num_hidden_layers": 1}'], "gemma2"),
+        (["--model_config", '{"model_type": "gemma2", "num_hidden_layers": 1}'], "sliding_attention"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_and_leave_nothing(config, capsys, arguments, message):
