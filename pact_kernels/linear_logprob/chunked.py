@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 class ChunkBudget:
     """Size of the temporaries, in bytes unless said. At most three logits buffers are alive at once."""
 
-    logits: int = 16 * 2**20  # one [rows, V] buffer in the accumulation dtype
+    logits: int = 32 * 2**20  # one [rows, V] buffer in the accumulation dtype
     rows: int = 128  # but never fewer rows than this: every chunk reads the weight and updates its gradient
     widened: int = 16 * 2**20  # one [tile, H] piece of a weight that must be widened
 
