@@ -217,8 +217,8 @@ def memory_of(way: str, shape: Shape) -> int:
 def memory_in_fresh_processes(name: str) -> dict[str, float]:
     """MiB of each way, each in a process of its own.
 
-    With a fixed mmap threshold freed tensors go back to the system at once; otherwise glibc's free lists add hundreds of
-    MiB by chance and the figure is no longer that of the tensors alive.
+    With a fixed mmap threshold freed tensors go back to the system at once; otherwise glibc's free lists add hundreds
+    of MiB by chance and the figure is no longer that of the tensors alive.
     """
     result = {}
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}

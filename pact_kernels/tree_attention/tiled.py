@@ -103,6 +103,8 @@ class TiledTreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
         work = torch.promote_types(q.dtype, torch.float32)
+        ctx.plan, ctx.scale = plan, scale
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # rows are gathered for every batch
         q_TBHD = _tiles(q, plan)
         out_TBHD = torch.empty_like(q_TBHD)
         lse_TBH = torch.empty(q_TBHD.shape[:3], dtype=work, device=q.device)
@@ -113,7 +115,6 @@ class TiledTreeAttention(torch.autograd.Function):
             lse_TBH[batch.tile_T] = lse_THB.transpose(1, 2)
         out = out_TBHD.flatten(0, 1)[: q.shape[0]]
         ctx.save_for_backward(q, k, v, out, lse_TBH)
-        ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
