@@ -126,7 +126,7 @@ class TransformersSession:
         """See ``pact.rollout.Session``. Raises RuntimeError when the model's logits are not finite."""
         if any(limit < 1 for limit in max_new_tokens.values()):
             raise ValueError("max_new_tokens must be at least 1 for every row that is to be sampled")
-        if self.room.keys() & max_new_tokens.keys():
+        if self.room.keys() & (append.keys() | max_new_tokens.keys()):
             raise ValueError("a row is still being sampled: name it again once its completion has been returned")
         self.room.update(max_new_tokens)
         if not self.room:

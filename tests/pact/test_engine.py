@@ -205,6 +205,24 @@ def test_new_weights_are_seen_by_the_next_session():
             model.lm_head.weight.mul_(-1.3)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_stays_close_to_the_full_forward(autocast):
+    model = make_model() if autocast else make_model().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for turns in play(model, ragged_prompts(), 3).values():
+            for context, completion in turns:
+                expected = full_logp(model, context, completion.ids)
+                # Two orders of summation in bfloat16; a wrong mask or position gives differences of order 1.
+                assert np.abs(np.array(completion.logp) - expected).mean() < 0.15
+
+
+def test_attention_that_sees_only_part_of_the_context_is_refused():
+    model = make_model()
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="sliding_attention"):
+        TransformersEngine(model)
+
+
 def test_bad_input_is_refused():
     model = make_model()
     engine = TransformersEngine(model, max_batch=2)
@@ -226,6 +244,8 @@ def test_bad_input_is_refused():
     assert going == {1}
     with pytest.raises(ValueError, match="still being sampled"):
         session.generate({}, {1: 3})
+    with pytest.raises(ValueError, match="still being sampled"):
+        session.generate({1: [3]}, {})
     with pytest.raises(ValueError, match="max_batch"):
         TransformersEngine(model, max_batch=0)
     with torch.no_grad():
