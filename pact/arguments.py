@@ -72,15 +72,15 @@ class PactTrainingArguments(TrainingArguments):
 
     ``per_device_train_batch_size`` counts prompts, ``gradient_accumulation_steps`` x ``per_device_train_batch_size`` x
     processes of them make one optimiser step, ``eval_steps`` are optimiser steps. Raises ValueError for a setting out
-    of range.
+    of range. The defaults suit a first try on a small machine; recipes for real runs are in ``configs/``.
     """
 
-    num_rollouts: int = _help("rollouts a prompt", 8)
+    num_rollouts: int = _help("rollouts a prompt", 4)
     rollout_batch_steps: int = _help("optimiser steps on one batch of rollouts; 1 is on-policy", 1)
     generation_batch_size: int = _help("episodes generated together", 256)
     top_p: float = _help("nucleus of the sampled rollouts; the temperature is that of the objective", 1.0)
     max_turns: int = _help("assistant turns an episode", 10)
-    max_turn_tokens: int = _help("sampled tokens a turn", 512)
+    max_turn_tokens: int = _help("sampled tokens a turn", 128)
     max_response_tokens: int = _help("tokens after the prompt, observations included", 4096)
     max_prompt_tokens: int | None = _help("longest prompt (default: what the context leaves for one turn)", None)
     overlong_prompts: Literal["error", "drop"] = _help("what to do with prompts over max_prompt_tokens", "error")
@@ -101,7 +101,7 @@ class PactTrainingArguments(TrainingArguments):
 
     learning_rate: float = _help("peak learning rate", 1e-6)
     lr_scheduler_type: str = _help("schedule of the learning rate", "constant")
-    per_device_train_batch_size: int = _help("prompts of one micro-batch on each device", 8)
+    per_device_train_batch_size: int = _help("prompts of one micro-batch on each device", 2)
     logging_steps: float = _help("log every this many optimiser steps", 1)
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser reads the second member)
         default="tensorboard", metadata={"help": "loggers of transformers"}

@@ -158,15 +158,15 @@ class Toybox:
             subject = name(rng, chain[0].subject)
         spare = [relation for relation in RELATIONS if relation not in chain]
         relations: dict[str, Relation] = {}
+        sides = SIDES[: self.sources]
         hops, known = [], {subject}
         for relation in chain:
-            sides = rng.sample(SIDES, self.sources)
             relations |= {f"{relation.base}_{side}": relation for side in sides}
             value = self._value(rng, relation, known)
             hops.append(Hop(relation, subject, value, f"{relation.base}_{rng.choice(sides)}"))
             subject = str(value)
         for relation in rng.sample(spare, min(self.distractors, len(spare))):
-            relations[f"{relation.base}_{rng.choice(SIDES)}"] = relation
+            relations[f"{relation.base}_{rng.choice(sides)}"] = relation
         facts: dict[str, dict[str, str | int]] = {tool: {} for tool in relations}
         for hop in hops:
             facts[hop.tool][hop.subject] = hop.value
