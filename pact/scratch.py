@@ -49,10 +49,10 @@ def copying_attention(model: PreTrainedModel, gain: float) -> None:
     Mimetic initialisation (Trockman and Kolter, arXiv 2305.09828): with tied embeddings a head then raises the logits
     of the tokens it attends to, which trained models do and small random ones are slow to find.
     """
-    for layer in model.get_decoder().layers:
-        attention: Any = getattr(layer, "self_attn", None)
-        if not hasattr(attention, "v_proj") or not hasattr(attention, "o_proj"):
-            raise ValueError("copy_gain needs attention with v_proj and o_proj (Llama, Qwen3): set copy_gain to 0")
+    attentions: list[Any] = [getattr(layer, "self_attn", None) for layer in getattr(model.get_decoder(), "layers", [])]
+    if not attentions or not all(hasattr(one, "v_proj") and hasattr(one, "o_proj") for one in attentions):
+        raise ValueError("copy_gain needs attention with v_proj and o_proj (Llama, Qwen3): set copy_gain to 0")
+    for attention in attentions:
         value_KH, output_HQ = attention.v_proj.weight, attention.o_proj.weight  # K, Q: all key, query heads' widths
         torch.nn.init.orthogonal_(value_KH)
         of_head = value_KH.view(-1, attention.head_dim, value_KH.shape[1])
