@@ -50,7 +50,7 @@ class Shape:
 
 SHAPES = {
     "cpu": Shape(512, 4, 8, 4, 64, 8192, prompt=1024, trace=512, response=256, rollouts=8),
-    "toybox": Shape(256, 4, 4, 2, 64, 512, prompt=150, trace=120, response=150, rollouts=16, groups=4),
+    "toybox": Shape(128, 4, 4, 2, 32, 512, prompt=150, trace=120, response=150, rollouts=16, groups=4),
     "tiny": Shape(64, 2, 2, 1, 32, 256, prompt=40, trace=20, response=10, rollouts=3),
 }
 
@@ -236,26 +236,35 @@ def compare(name: str, repeats: int) -> None:
     models = {"full": model, "keep": model, "tree": copy.deepcopy(model)}
     check_equal(models, groups)
     work = work_of(shape, build_batches(groups))
-    seconds = interleaved({way: partial(step, way, models[way], groups) for way in LOSSES}, repeats)
+    wall, cpu = interleaved({way: partial(step, way, models[way], groups) for way in LOSSES}, repeats)
     memory = memory_in_fresh_processes(name)
     print(f"shape {name}: {asdict(shape)}, {torch.get_num_threads()} threads, median of {repeats} interleaved rounds")
-    print(f"{'way':5} {'tokens':>7} {'Tflop':>6} {'seconds':>8} {'peak MiB above weights':>23}")
+    print(f"{'way':5} {'tokens':>7} {'Tflop':>6} {'wall s':>7} {'CPU s':>7} {'peak MiB above weights':>23}")
     for way, done in work.items():
         tflop, mib = done["flops"] / 1e12, memory[way]
-        print(f"{way:5} {done['tokens']:7d} {tflop:6.2f} {median(seconds[way]):8.2f} {mib:23.0f}")
+        print(f"{way:5} {done['tokens']:7d} {tflop:6.2f} {median(wall[way]):7.2f} {median(cpu[way]):7.2f} {mib:23.0f}")
     ratios = {}
     for way in ("full", "keep"):
         ratios[way] = {
-            "time": ratio(seconds, way, "tree"),
+            "wall": ratio(wall, way, "tree"),
+            "cpu": ratio(cpu, way, "tree"),
             "flop_ceiling": work[way]["flops"] / work["tree"]["flops"],
             "memory": memory[way] / memory["tree"],
         }
         r = ratios[way]
         print(
-            f"tree against {way}: {r['time']:.2f} x the speed (flop ceiling {r['flop_ceiling']:.2f}), "
+            f"tree against {way}: {r['wall']:.2f} x the speed ({r['cpu']:.2f} by CPU time, flop ceiling "
+            f"{r['flop_ceiling']:.2f}), "
             f"1/{r['memory']:.1f} of the memory"
         )
-    result = {"shape": asdict(shape), "work": work, "seconds": seconds, "peak_mib": memory, "tree_against": ratios}
+    result = {
+        "shape": asdict(shape),
+        "work": work,
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "peak_mib": memory,
+        "tree_against": ratios,
+    }
     print(f"written to {save(f'one_pass_{name}', result)}")
 
 
