@@ -30,5 +30,6 @@ bench: setup
 	$(PYTHON) -m pytest benchmarks/prefix_tree.py --benchmark-only
 	$(PYTHON) benchmarks/one_pass.py --shape cpu
 
+# Needs torch, pytest and transformers alone; the shared conftest (hypothesis) stays out.
 gpu: setup
-	PACT_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/pact_kernels
+	$(PYTHON) -m pytest tests/gpu --confcutdir tests/gpu
