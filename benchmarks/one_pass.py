@@ -74,7 +74,10 @@ def build_model(shape: Shape) -> PreTrainedModel:
 
 
 def build_groups(shape: Shape, model: PreTrainedModel) -> list[Group]:
-    """Random groups whose old log-probs lie so near the model's that some tokens are clipped and most are not."""
+    """Random groups whose old log-probs lie so near the model's that some tokens are clipped and most are not.
+
+    No ratio lies within 1e-3 of a clip edge, where rounding alone would decide whether a token has a gradient.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def ids(n: int) -> list[int]:
@@ -93,6 +96,8 @@ def build_groups(shape: Shape, model: PreTrainedModel) -> list[Group]:
     for rollout in (rollout for group in groups for rollout in group.rollouts):
         for branch, logp in (rollout.old_logp or {}).items():
             noise = 0.1 * torch.randn(len(logp), generator=generator)
+            for edge in (1 - CONFIG.clip_low, 1 + CONFIG.clip_high):
+                noise[((-noise).exp() - edge).abs() < 1e-3] = 0.0
             rollout.old_logp[branch] = (torch.tensor(logp) + noise).tolist()
     return groups
 
