@@ -1,4 +1,4 @@
-"""The torch backends on a CUDA device against their float64 specifications. Needs torch and pytest alone: `make gpu`."""
+"""The torch backends on a CUDA device against their float64 specifications. Needs torch and pytest: `make gpu`."""
 
 import pytest
 import torch
