@@ -101,7 +101,8 @@ class PactTrainingArguments(TrainingArguments):
 
     learning_rate: float = _help("peak learning rate", 1e-6)
     lr_scheduler_type: str = _help("schedule of the learning rate", "constant")
-    per_device_train_batch_size: int = _help("prompts of one micro-batch on each device", 2)
+    per_device_train_batch_size: int = _help("prompts of one micro-batch on each device", 1)
+    gradient_accumulation_steps: int = _help("micro-batches of one optimiser step", 2)
     logging_steps: float = _help("log every this many optimiser steps", 1)
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser reads the second member)
         default="tensorboard", metadata={"help": "loggers of transformers"}
