@@ -246,7 +246,11 @@ def _split_dotted(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     for text in rest:
         if text.startswith(("--env_options.", "--env-options.")):
             name, equals, value = text.partition(".")[2].partition("=")
-            options[name] = yaml.safe_load(value if equals else next(rest, ""))
+            text = value if equals else next(rest, "")
+            try:
+                options[name] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"env_options.{name}: {text!r} is not a YAML value: {error}") from error
         else:
             flags.append(text)
     return flags, options

@@ -20,8 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
     if command == "train":
-        from pact import train
-
+        try:
+            from pact import train
+        except ModuleNotFoundError as error:
+            print(f"pact: error: {error}: pip install 'pact-kernels[train]'", file=sys.stderr)
+            return 2
         return train.main(arguments)
     if command == "--version":
         print(f"pact {__version__}")

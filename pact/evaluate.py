@@ -97,7 +97,9 @@ def paired_improvement(
 
 def save_records(records: Sequence[EpisodeRecord], path: Path) -> None:
     """One JSON object a line."""
-    path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records), encoding="utf-8")
+    part = path.with_suffix(".part")  # never half a file under the final name
+    part.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records), encoding="utf-8")
+    part.replace(path)
 
 
 def load_records(path: Path) -> list[EpisodeRecord]:

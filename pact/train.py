@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from accelerate import PartialState
@@ -105,13 +105,10 @@ def load_tasks(env: Environment, settings: RunSettings) -> tuple[Sequence[Task],
     if split is not None:
         return env.tasks(split), test
     try:
-        train = env.tasks("train")
-    except ValueError:
-        train = []
-    if not train:
-        train = env.tasks("test")
+        return env.tasks("train"), test
+    except ValueError:  # no such split
         logger.warning("the environment has no train split: training on its test items, claim no score from this run")
-    return train, test
+        return env.tasks("test"), test
 
 
 def load_model(
@@ -167,6 +164,9 @@ def run(argv: Sequence[str]) -> None:
         warm_start(state, model, env, tokenizer, warm_tasks, warm)
     before = _evaluation(trainer, state.folder / "eval_start.jsonl")
     if not finished:
+        if trainer.is_world_process_zero():
+            (state.folder / "eval_final.jsonl").unlink(missing_ok=True)  # of a run that goes on beyond its end
+        trainer.accelerator.wait_for_everyone()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = _evaluation(trainer, state.folder / "eval_final.jsonl")
     trainer.save_model(str(state.folder / "model"))
@@ -188,6 +188,7 @@ def warm_start(
     args.output_dir = str(state.folder / WARM_START)
     args.max_steps, args.learning_rate = args.warm_start_steps, args.warm_start_lr
     args.lr_scheduler_type, args.warmup_steps = args.warm_start_lr_scheduler_type, args.warm_start_warmup_steps
+    args.lr_scheduler_kwargs = None
     args.per_device_train_batch_size, args.gradient_accumulation_steps = args.warm_start_batch_size, 1
     args.rollout_batch_steps, args.latent_trace_steps, args.eval_tasks = 1, 0, 0
     args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
@@ -215,11 +216,17 @@ def _log_to(folder: Path, phase: str) -> None:
 
 
 def _evaluation(trainer: PactTrainer, path: Path) -> list[EpisodeRecord] | None:
-    """Greedy evaluation, kept in ``path`` so that a resumed run does not repeat it; None without evaluation tasks."""
+    """Greedy evaluation, kept in ``path`` so that a resumed run does not repeat it; None without evaluation tasks.
+
+    Raises ValueError when the run was evaluated on other tasks before.
+    """
     if not trainer.eval_dataset:
         return None
     if path.is_file():
-        return load_records(path)
+        records = load_records(path)
+        if [record.id for record in records] != [task.id for task in cast(Sequence[Task], trainer.eval_dataset)]:
+            raise ValueError(f"{path} holds {len(records)} other tasks: resume with the eval_tasks the run began with")
+        return records
     if trainer.records_step != trainer.state.global_step:
         trainer.evaluate()
     if trainer.is_world_process_zero():

@@ -198,6 +198,7 @@ class PactTrainer(Trainer):
             for task, attempts in zip(tasks, episodes, strict=True)
         ]
         self._meter_episodes(episodes, seconds)
+        self._warn_of_no_signal(groups)
         for task, group in zip(tasks, groups, strict=True):
             self.meter.add("trace_overflow", float(task.expert is not None and group.trace is None))
         start = time.perf_counter()
@@ -240,7 +241,9 @@ class PactTrainer(Trainer):
                     add(f"stop/{reason}", float(episode.stop_reason == reason))
         add("tokens_per_second/generate", 0, seconds)
         add("seconds/generate", seconds, self.args.rollout_batch_steps)
-        if all(len({episode.score.reward for episode in attempts}) == 1 for attempts in episodes):
+
+    def _warn_of_no_signal(self, groups: list[Group]) -> None:
+        if all(abs(value) < 1e-9 for group in groups for rollout in group.rollouts for value in rollout.advantage):
             logger.warning_once(
                 "all rollouts of every prompt in a batch have equal rewards: advantages are 0 and the RL term learns "
                 "nothing from it. Warm-start longer, raise num_rollouts or the temperature, or take easier tasks"

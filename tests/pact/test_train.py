@@ -93,6 +93,11 @@ def test_a_run_from_nothing_to_a_loadable_model(config, capsys, monkeypatch):
     assert cli.main(["train", str(config), "--run_name", "whole"]) == 2
     assert "run whole exists" in capsys.readouterr().err
 
+    assert cli.main(["train", "--resume", "whole", "--eval_tasks", "2"]) == 2
+    assert "resume with the eval_tasks the run began with" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "whole", "--max_steps", "3"]) == 0  # beyond its end: evaluated anew
+    assert [r["step"] for r in lines_of(whole) if "eval_reward" in r][-1] == 3
+
 
 def test_a_warm_start_is_resumed(config, monkeypatch):
     log = train.WarmStartTrainer.log
@@ -149,7 +154,7 @@ def test_the_snapshot_rebuilds_the_settings(config, tmp_path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_parse(path):
     settings = parse_settings(["--use_cpu"], path)
-    assert settings.pact.anchor_q == (1.0 if "grpo" in path.stem else 0.4)
+    assert 0.2 <= settings.pact.anchor_q <= 0.5  # where the paper finds it best
     if path.stem.startswith("qwen3"):
         args, pact = settings.training, settings.pact
         assert (args.num_rollouts, args.learning_rate, args.max_prompt_tokens) == (16, 1e-6, 7000)
@@ -167,6 +172,8 @@ def test_shipped_configurations_parse(path):
         (["--env", "toybx"], "unknown environment 'toybx'"),
         (["--env_options.trian", "3"], "trian"),
         (["--env_options", "{"], "env_options is not JSON"),
+        (["--env_options.hops", "[1,2"], "is not a YAML value"),
+        (["--env_options.hops", "3"], "its options are train, test, seed, hops"),
         (["--model", "./nowhere"], "no model folder ./nowhere"),
         (["--overlong_prompts", "cut"], "invalid choice"),
         (["--output_dir", "elsewhere"], "set run_name instead"),

@@ -60,6 +60,7 @@ def arguments(folder, **overrides):
     values = {
         "max_steps": 2,
         "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
         "num_rollouts": 2,
         "max_turns": 2,
         "max_turn_tokens": 6,
