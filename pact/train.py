@@ -41,6 +41,7 @@ from pact.trainer import PactTrainer, WarmStartTrainer, buffer_name, with_contex
 logger = logging.get_logger(__name__)
 
 CONFIG_FILE, WARM_START = "config.yaml", "warm_start"
+EVAL_START, EVAL_FINAL = "eval_start.jsonl", "eval_final.jsonl"
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,13 @@ def run(argv: Sequence[str]) -> None:
         print(f"run folder: {state.folder}", flush=True)
     if args.warm_start_steps and not (warm_finished or finished):
         warm_start(state, model, env, tokenizer, warm_tasks, warm)
-    before = _evaluation(trainer, state.folder / "eval_start.jsonl")
+    before = _evaluation(trainer, state.folder / EVAL_START)
     if not finished:
         if trainer.is_world_process_zero():
-            (state.folder / "eval_final.jsonl").unlink(missing_ok=True)  # of a run that goes on beyond its end
+            (state.folder / EVAL_FINAL).unlink(missing_ok=True)  # of a run that goes on beyond its end
         trainer.accelerator.wait_for_everyone()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = _evaluation(trainer, state.folder / "eval_final.jsonl")
+    after = _evaluation(trainer, state.folder / EVAL_FINAL)
     trainer.save_model(str(state.folder / "model"))
     if trainer.is_world_process_zero():
         draw_curves(state.folder / METRICS_FILE, state.folder / CURVES_FILE)
