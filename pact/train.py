@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,6 +144,8 @@ def load_model(
 def run(argv: Sequence[str]) -> None:
     """Everything ``pact train`` does. Raises ValueError or RuntimeError for what the user can mend."""
     logging.disable_progress_bar()  # those of loading and saving weights; the trainer's own stays
+    basicConfig(format="%(message)s")
+    getLogger("pact").setLevel(INFO)
     state = open_run(argv)
     settings, args = state.settings, state.settings.training
     args.output_dir = str(state.folder)
@@ -217,7 +220,7 @@ def _log_to(folder: Path, phase: str) -> None:
 
 
 def _evaluation(trainer: PactTrainer, path: Path) -> list[EpisodeRecord] | None:
-    """Greedy evaluation, kept in ``path`` so that a resumed run does not repeat it; None without evaluation tasks.
+    """Evaluation, kept in ``path`` so that a resumed run does not repeat it; None without evaluation tasks.
 
     Raises ValueError when the run was evaluated on other tasks before.
     """

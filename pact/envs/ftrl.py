@@ -6,6 +6,7 @@ Reads the benchmark's items from Parquet or JSONL. It ships no data, and it neve
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from pact.envs.base import Message, Score, Task, ToolSchema
 from pact.messages import calls_of
 from pact.rewards import answer_f1, solve_metrics, strike
 from pact.sandbox import Sandbox, ToolResult
+
+logger = logging.getLogger(__name__)
 
 _REQUIRED = ("messages", "tools", "codes", "unsolved_set", "answer")
 _JSON_TEXT = ("tools", "codes", "unsolved_set", "ground_truth")
@@ -43,7 +46,7 @@ class Ftrl:
     "parameters"}`` in order), or from a JSONL file ``traces`` with one object for each row of the data that has one:
     ``row`` and either ``calls`` (a list of ``{"name", "arguments"}``, with ``observation`` and ``reasoning`` where they
     are known) or ``messages`` (a whole trace); ``"complete": false`` leaves that row without a trace. Calls become a
-    trace as ``expert_from_calls`` says; those without an observation are executed, once, by ``tasks``.
+    trace as ``expert_from_calls`` says; ``tasks`` executes them, once.
 
     Args:
         path: the .parquet or .jsonl file.
@@ -87,12 +90,22 @@ class Ftrl:
         return tuple(self._rows_of)
 
     def tasks(self, split: str) -> Sequence[Task]:
-        """The tasks of ``split`` in file order. The first time, calls of traces without an observation are executed."""
+        """The tasks of ``split`` in file order. The first time, every call of the traces is executed; an observation
+        that the trace records stays, with a warning where the tool now returns another one."""
         if split not in self._rows_of:
             raise ValueError(f"ftrl: {self.path} has no split {split!r}; it has: {', '.join(self._rows_of)}")
         if split not in self._ready:
             with ThreadPoolExecutor(self._workers) as pool:
-                self._ready[split] = tuple(pool.map(self._with_expert, self._rows_of[split]))
+                tasks, executed, differing = zip(*pool.map(self._with_expert, self._rows_of[split]))
+            self._ready[split] = tasks
+            places = [place for of_row in differing for place in of_row]
+            if sum(executed):
+                logger.info(f"ftrl: executed {sum(executed)} tool calls of the expert traces")
+            if places:
+                logger.warning(
+                    f"ftrl: {len(places)} observations recorded in the traces are not what the tools return now, first "
+                    f"{places[0]}: make the traces again, unless these tools are random by nature"
+                )
         return self._ready[split]
 
     def start(self, task: Task) -> FtrlEpisode:
@@ -112,16 +125,24 @@ class Ftrl:
             return ToolResult(False, f"an error occured when call {name}: {reason}", reason)
         return self._sandbox.call(item.codes[name], name, arguments, self._timeout)
 
-    def _with_expert(self, index: int) -> Task:
+    def _with_expert(self, index: int) -> tuple[Task, int, list[str]]:
+        """The task of a row with its trace, the number of calls executed for it, and those that gave another
+        observation than the trace records."""
         task, trace = self._tasks[index], self._traces.get(index)
         if trace is None:
-            return task
+            return task, 0, []
         if "messages" in trace:
-            return replace(task, expert=trace["messages"])
+            return replace(task, expert=trace["messages"]), 0, []
         tagged = "<answer>" in task.messages[-1]["content"]
         answer = f"<answer>{task.data.answer}</answer>" if tagged else task.data.answer
-        expert = expert_from_calls(trace["calls"], answer, lambda name, given: self._execute(task.data, name, given))
-        return replace(task, expert=expert)
+        calls = trace["calls"]
+        results = [self._execute(task.data, call["name"], call["arguments"]) for call in calls]
+        differing = [
+            f"row {index}, {call['name']}"
+            for call, result in zip(calls, results, strict=True)
+            if call.get("observation") not in (None, result.output)
+        ]
+        return replace(task, expert=expert_from_calls(calls, results, answer)), len(calls), differing
 
     def _ground_truth(self, rows: list[dict[str, Any]], asked: str | Path | None) -> dict[int, dict[str, Any]]:
         if asked is not None and not any("ground_truth" in row for row in rows):
@@ -199,26 +220,23 @@ class FtrlEpisode:
         """Nothing to release: the sandbox belongs to the environment."""
 
 
-def expert_from_calls(
-    calls: Sequence[Mapping[str, Any]], answer: str, execute: Callable[[str, dict[str, Any]], ToolResult]
-) -> list[Message]:
+def expert_from_calls(calls: Sequence[Mapping[str, Any]], results: Sequence[ToolResult], answer: str) -> list[Message]:
     """An expert trace from reference calls: one call a turn, its observation, and the answer last.
 
     Args:
-        calls: ``{"name", "arguments"}`` in order, with ``observation`` (else ``execute`` gives it) and ``reasoning``
-            where they are known. A turn without given reasoning has none: nothing is made up.
+        calls: ``{"name", "arguments"}`` in order, with ``observation`` and ``reasoning`` where they are known. A turn
+            without given reasoning has none: nothing is made up.
+        results: what executing each call gave; its output stands where no observation is recorded.
         answer: content of the last message.
-        execute: runs a call.
 
     Returns:
         Messages as in ``Task.expert``. A call that fails keeps its place but is marked ``"supervised": False``.
     """
     messages: list[Message] = []
-    for call in calls:
-        name, arguments, observation = call["name"], call["arguments"], call.get("observation")
+    for call, result in zip(calls, results, strict=True):
+        name, arguments, observation, ok = call["name"], call["arguments"], call.get("observation"), result.ok
         if observation is None:
-            result = execute(name, arguments)
-            observation, ok = result.output, result.ok
+            observation = result.output
         else:
             ok = not observation.startswith("an error occured when call")
         function = {"name": name, "arguments": arguments}

@@ -164,7 +164,7 @@ def test_a_trace_says_only_what_the_data_says():
         {"name": "c", "arguments": {}},
     ]
     first, _, second, _, third, observation, last = expert_from_calls(
-        calls, "end", lambda name, arguments: ToolResult(True, f"{name} ran")
+        calls, [ToolResult(True, f"{call['name']} ran") for call in calls], "end"
     )
     assert first["reasoning_content"] == "Ask a first."
     assert "supervised" not in first
@@ -191,6 +191,22 @@ def test_a_trace_file(tmp_path):
     assert tasks[0].expert[-1] == {"role": "assistant", "content": "1,572"}
     assert tasks[3].expert == whole
     env.close()
+
+
+def test_recorded_observations_are_checked_by_executing_the_calls(tmp_path, caplog):
+    call = {"name": "city_of", "arguments": {"person": "Ada"}}
+    recorded = [{"row": 0, "calls": [call | {"observation": '["London", "Paris"]'}]}]
+    stale = [{"row": 0, "calls": [call | {"observation": '["Rome"]'}]}]
+    data = write_jsonl(tmp_path / "data.jsonl", [item(split=..., ground_truth=...)])
+    caplog.set_level("INFO")
+    for traces, observation, warnings in ((recorded, '["London", "Paris"]', 0), (stale, '["Rome"]', 1)):
+        caplog.clear()
+        env = Ftrl(data, traces=write_jsonl(tmp_path / "traces.jsonl", traces))
+        assert env.tasks("test")[0].expert[1]["content"] == observation
+        env.close()
+        assert "executed 1 tool calls" in caplog.text
+        assert sum(record.levelname == "WARNING" for record in caplog.records) == warnings
+    assert "row 0, city_of" in caplog.text
 
 
 def test_parquet_reads_as_jsonl(tmp_path, env):
