@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIDES = ("north", "south", "east", "west", "upper", "lower")
-TEST_SHARE = 5  # start names with crc32 % 5 == 0 belong to the test split, so no prompt is ever in both
+TEST_SHARE = 5  # questions with crc32 % 5 == 0 belong to the test split, so no prompt is ever in both
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Toybox:
         distractors: tools of relations the question does not need.
         flaky: share of sources that are busy at their first call.
         arithmetic: share of numeric questions that ask for a sum, which takes one more tool.
-        recovery_share: share of traces with a failed call, marked ``"supervised": False``, and its recovery.
+        recovery_share: share of traces in which one fact is found after failed calls only (from one to all of its wrong
+            sources, each once), which are marked ``"supervised": False``.
         trace_share: share of tasks that carry a trace.
         reward: ``"outcome"`` is 1 for the right answer and 0 otherwise; ``"turn"`` the sum of the turn rewards, where
             the chain and the answer weigh one half each.
@@ -144,7 +145,8 @@ class Toybox:
         if world.hops[-1].relation.object == "integer":
             tools.append(CALC)
         rng.shuffle(tools)
-        messages = [{"role": "user", "content": question(world)}]
+        asked = question([hop.relation for hop in world.hops], world.hops[0].subject, world.addend)
+        messages = [{"role": "user", "content": asked}]
         task = Task(f"{split}-{index}", messages, tools, data=world)
         if rng.random() < self.trace_share:
             recover = rng.randrange(len(world.hops)) if rng.random() < self.recovery_share else None
@@ -152,10 +154,12 @@ class Toybox:
         return task
 
     def _world(self, rng: random.Random, split: str) -> World:
-        chain = self._chain(rng)
-        subject = name(rng, chain[0].subject)
-        while (zlib.crc32(subject.encode()) % TEST_SHARE == 0) != (split == "test"):
+        while True:
+            chain = self._chain(rng)
             subject = name(rng, chain[0].subject)
+            asked = question(chain, subject)
+            if (zlib.crc32(asked.encode()) % TEST_SHARE == 0) == (split == "test"):
+                break
         spare = [relation for relation in RELATIONS if relation not in chain]
         relations: dict[str, Relation] = {}
         sides = SIDES[: self.sources]
@@ -249,11 +253,11 @@ def _names() -> dict[str, list[str]]:
 NAMES = _names()
 
 
-def question(world: World) -> str:
-    """The question of a world: it names the chain and the start, never a source."""
-    chain = " of ".join(f"the {hop.relation.name}" for hop in reversed(world.hops))
-    tail = "" if world.addend is None else f", plus {world.addend}"
-    return f"What is {chain} of {world.hops[0].subject}{tail}?"
+def question(chain: Sequence[Relation], start: str, addend: int | None = None) -> str:
+    """The question of a task: it names the chain and the start, never a source."""
+    asked = " of ".join(f"the {relation.name}" for relation in reversed(chain))
+    tail = "" if addend is None else f", plus {addend}"
+    return f"What is {asked} of {start}{tail}?"
 
 
 class ToyboxEpisode:
@@ -334,8 +338,8 @@ def _argument_problem(properties: dict[str, Any], arguments: dict[str, Any]) -> 
 def expert_trace(task: Task, rng: random.Random, recover: int | None) -> list[Message]:
     """The privileged trace: it knows the sources, so it asks the right one at once.
 
-    At hop ``recover`` it first asks a wrong look-alike (that message is not supervised) and recovers from the error.
-    Observations are those of a real episode.
+    At hop ``recover`` it first asks wrong look-alikes (those messages are not supervised) and recovers from the errors:
+    at least one and at most all of them, none twice. Observations are those of a real episode.
     """
     world: World = task.data
     episode = ToyboxEpisode(task)
@@ -358,10 +362,9 @@ def expert_trace(task: Task, rng: random.Random, recover: int | None) -> list[Me
     for i, hop in enumerate(world.hops):
         arguments = {hop.relation.subject: hop.subject}
         need = f"I need the {hop.relation.name} of {hop.subject}."
-        if i == recover:
-            others = [t for t, r in world.relations.items() if r is hop.relation and t != hop.tool]
-            if others:
-                wrong = rng.choice(others)
+        others = [t for t, r in world.relations.items() if r is hop.relation and t != hop.tool]
+        if i == recover and others:
+            for wrong in rng.sample(others, rng.randint(1, len(others))):
                 ask([found, need], wrong, arguments, supervised=False)
                 found = f"The source {wrong} has no entry for {hop.subject}."
                 need = "Another source may have it."

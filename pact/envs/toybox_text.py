@@ -21,10 +21,11 @@ CONTROL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 # What may become one token: the skeleton of the JSON around keys; a name, always without its spaces, so that it is
-# the same wherever it stands (a small model can then copy it); up to three digits; a word with its spaces; signs.
+# the same wherever it stands (a small model can then copy it); up to three digits; the side of a source, so that look-
+# alike sources differ in one token; a word with its spaces; signs.
 _KEYS = "type|function|name|description|parameters|properties|required|arguments"
 _SKELETON = rf'(?:[{{}}\[\],":]*(?:{_KEYS})":[{{\["]*(?:object)?)+'
-PIECES = _SKELETON + r"|[A-Z][a-z]+|[A-Z]|\d{1,3}| ?[a-z_]+ ?|\n|[^A-Za-z\d\n]+"
+PIECES = _SKELETON + r"|[A-Z][a-z]+|[A-Z]|\d{1,3}|_[a-z]+| ?[a-z]+ ?|\n|[^A-Za-z\d\n]+"
 
 
 def _train(texts: list[str], vocab_size: int) -> Tokenizer:

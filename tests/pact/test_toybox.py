@@ -85,6 +85,8 @@ def test_recoveries_are_marked_and_as_frequent_as_asked():
     tasks = Toybox(train=1000, recovery_share=0.25, flaky=0.0).tasks("train")
     failed = [[m for m in t.expert if m.get("supervised") is False] for t in tasks]
     assert 0.19 < sum(map(bool, failed)) / 1000 < 0.31
+    assert {len(messages) for messages in failed} == {0, 1, 2}
+    assert all(len({c["name"] for c in calls(messages)}) == len(messages) for messages in failed)
     for task, messages in zip(tasks, failed, strict=True):
         for message in messages:
             observation = task.expert[task.expert.index(message) + 1]["content"]
