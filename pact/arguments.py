@@ -89,6 +89,7 @@ class PactTrainingArguments(TrainingArguments):
     dual_combine: Literal["sum", "mean"] = _help("dual_level: how trajectory and turn parts are combined", "sum")
     latent_trace_steps: int = _help("log the latent-trace terms every this many steps; 0: never", 0)
     eval_tasks: int = _help("test tasks of an evaluation; 0: no evaluation", 0)
+    eval_temperature: float = _help("temperature of evaluation episodes; 0 is greedy", 0.0)
 
     warm_start_steps: int = _help("optimiser steps of supervised warm start on the traces; 0: none", 0)
     warm_start_lr: float = _help("peak learning rate of the warm start", 1e-5)
@@ -133,6 +134,8 @@ class PactTrainingArguments(TrainingArguments):
             raise ValueError(f"warm_start_context_share is {self.warm_start_context_share}, set it between 0 and 1")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}, set it above 0 and at most 1")
+        if not 0.0 <= self.eval_temperature < float("inf"):
+            raise ValueError(f"eval_temperature is {self.eval_temperature}, set it to 0 (greedy) or above")
         if self.warm_start_lr_scheduler_type not in list(SchedulerType):
             raise ValueError(
                 f"unknown warm_start_lr_scheduler_type {self.warm_start_lr_scheduler_type!r}: choose one of "

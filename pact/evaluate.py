@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def evaluate(
     seed: int = 0,
 ) -> list[EpisodeRecord]:
     """One episode a task, records in the order of ``tasks``. A prompt that does not fit the context is an episode of no
-    turn. Raises ValueError for no task or for two tasks of one id, otherwise as ``run_rollouts``."""
+    turn. Raises ValueError for no task, for two tasks of one id or a reward that is not finite, otherwise as
+    ``run_rollouts``."""
     ids = [task.id for task in tasks]
     if not ids:
         raise ValueError("there is no task to evaluate: give at least one")
@@ -65,6 +67,9 @@ def evaluate(
         raise ValueError("two tasks share an id, so records could not be told apart: make the ids unique")
     options = {"sampling": sampling, "limits": limits, "seed": seed, "batch_size": batch_size}
     episodes = run_rollouts(env, tasks, engine, tokenizer, n=1, fail_long_prompts=True, **options)  # type: ignore[arg-type]
+    for task, [done] in zip(tasks, episodes):
+        if not math.isfinite(done.score.reward):
+            raise ValueError(f"the reward of task {task.id!r} is {done.score.reward}: mend the environment's score")
     return [
         EpisodeRecord(task.id, done.score.reward, dict(done.score.metrics), len(done.turns), done.stop_reason)
         for task, [done] in zip(tasks, episodes)

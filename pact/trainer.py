@@ -32,6 +32,7 @@ from pact.arguments import PactTrainingArguments
 from pact.engines.transformers import TransformersEngine
 from pact.envs import Environment, Task
 from pact.evaluate import EpisodeRecord, evaluate, summarize
+from pact.groups import PROMPT
 from pact.metrics import add_metrics
 from pact.modeling import attach_tree_attention
 from pact.objective import CoTrainResult, Denominators, Group, PactConfig, PactObjective, flatten_metrics
@@ -252,8 +253,12 @@ class PactTrainer(Trainer):
     def _attach_logprobs(self, groups: list[Group]) -> None:
         """Fix old and reference log-probs where the objective cannot take them from its own forward."""
         with self.accelerator.autocast():
-            if self.args.rollout_batch_steps > 1 or self.config.ratio_reference == "behavior":
+            if self.args.rollout_batch_steps > 1:
                 self.objective.attach_logprobs(self.model, groups, field="old_logp")
+            elif self.config.ratio_reference == "behavior":  # the prompt-only branch is on-policy: its ratio is 1
+                conditioned = [group for group in groups if group.branch != PROMPT]
+                if conditioned:
+                    self.objective.attach_logprobs(self.model, conditioned, field="old_logp")
             if self.reference is not None:
                 self.objective.attach_logprobs(self.reference, groups, field="ref_logp")
             if self._probing():
@@ -355,7 +360,7 @@ class PactTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Greedy episodes of the evaluation tasks; logs and returns means of reward and of the metrics."""
+        """One episode (``eval_temperature``) of each evaluation task; logs and returns means of reward and of the metrics."""
         start = time.perf_counter()
         records = self.play(cast(Sequence[Task], self.eval_dataset if eval_dataset is None else eval_dataset))
         metrics = {f"{metric_key_prefix}_{name}": value.mean for name, value in summarize(records).items()}
@@ -366,10 +371,11 @@ class PactTrainer(Trainer):
         return metrics
 
     def play(self, tasks: Sequence[Task]) -> list[EpisodeRecord]:
-        """One greedy episode of each task, shared out over the processes; records in the order of ``tasks``."""
+        """One episode of each task, shared out over the processes; records in the order of ``tasks``."""
         mine = tasks[self.args.process_index :: self.args.world_size]
+        options: Any = {"limits": self.limits, "sampling": Sampling(self.args.eval_temperature)}
         with self.accelerator.autocast():
-            records = evaluate(self.engine, self.env, self.processing_class, mine, limits=self.limits) if mine else []
+            records = evaluate(self.engine, self.env, self.processing_class, mine, **options) if mine else []
         by_id = {record.id: record for record in gather_object(records)}
         self.records, self.records_step = [by_id[task.id] for task in tasks], self.state.global_step
         return self.records

@@ -5,6 +5,7 @@ import pytest
 from test_rollout import Arithmetic, Scripted
 
 import pact.envs
+from pact.envs.base import Score
 from pact.evaluate import EpisodeRecord, evaluate, load_records, paired_improvement, save_records, summarize
 
 
@@ -63,6 +64,13 @@ def test_records_survive_a_file(tmp_path):
     kept = records([0.25, 1.0])
     save_records(kept, tmp_path / "records.jsonl")
     assert load_records(tmp_path / "records.jsonl") == kept
+
+
+def test_a_reward_that_is_not_finite_names_the_task(tokenizer, monkeypatch):
+    env = Arithmetic()
+    monkeypatch.setattr("test_rollout.ArithmeticEpisode.score", lambda *_: Score(float("nan"), [], {}))
+    with pytest.raises(ValueError, match="the reward of task 'test-0' is nan"):
+        evaluate(Scripted(tokenizer, ["3"]), env, tokenizer, env.tasks("test"))
 
 
 def test_bad_input(tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,25 @@ def test_old_logprobs_stay_through_a_rollout_batch(tmp_path):
     assert "seconds/generate" not in second
 
 
+def test_behavior_ratios_are_computed_where_they_are_not_1(tmp_path):
+    """The prompt-only branch of an on-policy step has no old log-probs; the trace branch has the prompt-only ones."""
+    config = PactConfig(anchor_q=0.5, ratio_reference="behavior", kl_coef=0.0)
+    trainer = make_trainer(tmp_path, config=config)
+    groups = trainer.make_groups(list(trainer.train_dataset))
+    by_branch = {branch: [g for g in groups if g.branch == branch] for branch in ("prompt", "trace")}
+    assert all(by_branch.values())
+    assert all(rollout.old_logp is None for group in by_branch["prompt"] for rollout in group.rollouts)
+    assert all(set(rollout.old_logp) == {"prompt"} for group in by_branch["trace"] for rollout in group.rollouts)
+    for group in by_branch["trace"]:
+        again = replace(
+            group, branch="prompt", rollouts=[replace(rollout, old_logp=None) for rollout in group.rollouts]
+        )
+        trainer.objective.attach_logprobs(trainer.model, [again])
+        for rollout, fresh in zip(group.rollouts, again.rollouts, strict=True):
+            assert rollout.old_logp["prompt"] == pytest.approx(fresh.old_logp["prompt"], abs=1e-6)
+    assert trainer.objective.build(groups, 0.0)
+
+
 def test_metrics_lines_are_flat_and_complete(tmp_path):
     writer = MetricsWriter(tmp_path, "train")
     make_trainer(tmp_path, callbacks=[writer], latent_trace_steps=1, config=PactConfig(anchor_mode="mixture")).train()
@@ -153,6 +173,18 @@ def test_a_reward_that_is_not_finite_names_the_task(tmp_path):
         make_trainer(tmp_path, kind=Broken).train()
 
 
+def test_evaluation_samples_at_its_own_temperature(tmp_path):
+    def replies(**settings):
+        trainer, seen = make_trainer(tmp_path, kind=PactTrainer, eval_tasks=4, **settings), []
+        opened = trainer.engine.open
+        trainer.engine.open = lambda *args, **options: seen.append(options["sampling"]) or opened(*args, **options)
+        trainer.evaluate()
+        return seen
+
+    assert {sampling.temperature for sampling in replies()} == {0.0}
+    assert {sampling.temperature for sampling in replies(eval_temperature=0.7)} == {0.7}
+
+
 def test_equal_rewards_warn_and_train(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr("pact.trainer.logger.warning_once", warnings.append)
@@ -204,6 +236,7 @@ def test_a_trace_over_the_context_is_dropped_and_counted(tmp_path):
         ({"rollout_batch_steps": 0}, "rollout_batch_steps"),
         ({"warm_start_context_share": 1.5}, "between 0 and 1"),
         ({"top_p": 0.0}, "top_p"),
+        ({"eval_temperature": -1.0}, "eval_temperature is -1.0"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
     ],
 )
