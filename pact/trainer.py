@@ -360,7 +360,7 @@ class PactTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """One episode (``eval_temperature``) of each evaluation task; logs and returns means of reward and of the metrics."""
+        """One episode of each evaluation task at ``eval_temperature``; logs and returns the means of all metrics."""
         start = time.perf_counter()
         records = self.play(cast(Sequence[Task], self.eval_dataset if eval_dataset is None else eval_dataset))
         metrics = {f"{metric_key_prefix}_{name}": value.mean for name, value in summarize(records).items()}
