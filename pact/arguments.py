@@ -78,7 +78,7 @@ class PactTrainingArguments(TrainingArguments):
     num_rollouts: int = _help("rollouts a prompt", 4)
     rollout_batch_steps: int = _help("optimiser steps on one batch of rollouts; 1 is on-policy", 1)
     generation_batch_size: int = _help("episodes generated together", 256)
-    top_p: float = _help("nucleus of the sampled rollouts; the temperature is that of the objective", 1.0)
+    top_p: float = _help("nucleus of sampled episodes; the temperature of rollouts is that of the objective", 1.0)
     max_turns: int = _help("assistant turns an episode", 10)
     max_turn_tokens: int = _help("sampled tokens a turn", 128)
     max_response_tokens: int = _help("tokens after the prompt, observations included", 4096)

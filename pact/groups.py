@@ -243,16 +243,12 @@ def check_groups(groups: Sequence[Group], config: PactConfig) -> None:
 
 
 def check_old_logp(groups: Sequence[Group]) -> None:
-    """Old values for every rollout of the step on one branch or for none: one in between was forgotten, it is not
-    on-policy. (With ratio_reference behavior, only the trace branch of an on-policy step needs them.)"""
-    for branch in (None, PROMPT, TRACE):
-        acting = [rollout for group in groups if group.branch == branch for rollout in acting_rollouts(group)]
-        given = sum(rollout.old_logp is not None for rollout in acting)
-        if 0 < given < len(acting):
-            raise ValueError(
-                f"old_logp is set on {given} of {len(acting)} rollouts{f' of the {branch} branch' if branch else ''}: "
-                "attach it to all (attach_logprobs) or to none"
-            )
+    """Old values for every rollout of the step or for none: one in between was forgotten, it is not on-policy."""
+    given = [rollout.old_logp is not None for group in groups for rollout in acting_rollouts(group)]
+    if any(given) and not all(given):
+        raise ValueError(
+            f"old_logp is set on {sum(given)} of {len(given)} rollouts: attach it to all (attach_logprobs) or to none"
+        )
 
 
 def _check_rollout(rollout: Rollout, where: str) -> None:

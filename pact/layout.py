@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pact.packing import Ids, plan_trees
 from pact_kernels.prefix_tree import PrefixTree
-from pact_kernels.terms import TokenTerms
+from pact_kernels.terms import RL, TokenTerms
 
 Column = NDArray | float | int  # one value a predicted token, or one for all of them
 
@@ -90,7 +90,10 @@ def _plan(paths: list[Path], members: list[tuple[int, int]], one_pass: bool) -> 
 
 
 def terms_of(plan: ForwardPlan) -> TokenTerms:
-    """The columns of all paths behind each other. A column that only RL rows have is 0 on SFT rows, unread there."""
+    """The columns of all paths behind each other. A column that only RL rows have is 0 on SFT rows, unread there.
+
+    Raises ValueError where some RL paths have old or reference log-probs and others do not: 0 would be read as one.
+    """
     length = np.array([len(path.at) for path in plan.paths])
 
     def column(name: str) -> Tensor:
@@ -99,7 +102,10 @@ def terms_of(plan: ForwardPlan) -> TokenTerms:
         return torch.from_numpy(np.concatenate(parts))
 
     def if_any(name: str) -> Tensor | None:
-        return column(name) if any(name in path.columns for path in plan.paths) else None
+        present = {name in path.columns for path in plan.paths if path.columns["kind"] == RL}
+        if present == {True, False}:
+            raise ValueError(f"{name} is set on some rollouts of a tree and not on others: set it on all or on none")
+        return column(name) if present == {True} else None
 
     return TokenTerms(
         target=plan.target,

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pact import advantages
 from pact.envs import Task
+from pact.messages import check_messages, check_trace
 from pact.objective import Group, PactConfig, Rollout
 from pact.rollout import Trajectory
 from pact.trace import TokenizedTrace, render_context, render_prompt, render_trace
@@ -102,6 +103,17 @@ def sft_group(
 def _fits(head_ids: list[int], suffix_ids: list[int], trace: TokenizedTrace, config: PactConfig) -> bool:
     tokens = len(head_ids) + len(suffix_ids) + len(trace.ids)
     return config.context_length is None or tokens <= config.context_length
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raises ValueError, naming the task, for messages or an expert trace that no template can render."""
+    for task in tasks:
+        try:
+            check_messages(task.messages, "prompt")
+            if task.expert is not None:
+                check_trace(task.expert)
+        except ValueError as error:
+            raise ValueError(f"task {task.id!r}: {error}") from None
 
 
 def check_prompts(

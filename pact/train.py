@@ -77,7 +77,21 @@ def open_run(argv: Sequence[str]) -> Run:
     if not (folder / CONFIG_FILE).is_file():
         known = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none"
         raise ValueError(f"no run {name or ''!r} to resume in {runs.absolute()}: there are {known}")
-    return Run(folder, parse_settings(rest, folder / CONFIG_FILE), True)
+    settings = parse_settings(rest, folder / CONFIG_FILE)
+    if (folder / EVAL_START).is_file():
+        _same_evaluation(parse_settings([], folder / CONFIG_FILE), settings)
+    return Run(folder, settings, True)
+
+
+def _same_evaluation(first: RunSettings, now: RunSettings) -> None:
+    """Raises ValueError when the evaluation at the end would not be that of the start."""
+    for name in ("eval_temperature", "top_p", "max_turns", "max_turn_tokens", "max_response_tokens"):
+        before, after = getattr(first.training, name), getattr(now.training, name)
+        if before != after:
+            raise ValueError(
+                f"the start of this run was evaluated with {name} {before}, not {after}: leave {name} as it was, or "
+                "begin a new run"
+            )
 
 
 def _age(path: Path) -> float:
@@ -104,6 +118,8 @@ def load_tasks(env: Environment, settings: RunSettings) -> tuple[Sequence[Task],
     """Training tasks, and evaluation tasks or None when there is no evaluation."""
     count, split = settings.training.eval_tasks, settings.env.train_split
     test = list(env.tasks(settings.env.eval_split)[:count]) if count else None
+    if test is not None and len(test) < count:
+        logger.warning(f"eval_tasks is {count} and the split {settings.env.eval_split} has only {len(test)} tasks")
     if split is not None:
         return env.tasks(split), test
     try:
@@ -153,6 +169,10 @@ def run(argv: Sequence[str]) -> None:
     train_tasks, test_tasks = load_tasks(env, settings)
     checkpoint, finished = last_checkpoint(state.folder, args.max_steps)
     warm, warm_finished = last_checkpoint(state.folder / WARM_START, args.warm_start_steps)
+    if finished and test_tasks and not (state.folder / EVAL_START).is_file():
+        raise ValueError(
+            "this run is finished and its start was not evaluated: there is no gain to tell, set eval_tasks 0"
+        )
     weights = checkpoint if finished else warm if warm_finished else None
     model, tokenizer = load_model(settings.model, env, args.seed, weights)
     config = with_context(settings.pact, model)

@@ -32,13 +32,21 @@ from pact.arguments import PactTrainingArguments
 from pact.engines.transformers import TransformersEngine
 from pact.envs import Environment, Task
 from pact.evaluate import EpisodeRecord, evaluate, summarize
-from pact.groups import PROMPT
 from pact.metrics import add_metrics
 from pact.modeling import attach_tree_attention
 from pact.objective import CoTrainResult, Denominators, Group, PactConfig, PactObjective, flatten_metrics
 from pact.reporting import Meter, RewardPrinter, RewardProgress
 from pact.rollout import RolloutLimits, Sampling, Trajectory, run_rollouts
-from pact.samples import Estimator, check_prompts, load_groups, rl_group, save_groups, sft_group, with_usable_trace
+from pact.samples import (
+    Estimator,
+    check_prompts,
+    check_tasks,
+    load_groups,
+    rl_group,
+    save_groups,
+    sft_group,
+    with_usable_trace,
+)
 from pact.trace import prepare_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -132,7 +140,8 @@ class PactTrainer(Trainer):
         return config
 
     def _usable(self, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, args: PactTrainingArguments) -> list[Task]:
-        """The tasks that can be trained on."""
+        """The tasks that can be trained on, all of them checked before any work is done."""
+        check_tasks(tasks)
         limit = args.max_prompt_tokens
         if self.config.context_length is not None:
             room = self.config.context_length - min(args.max_turn_tokens, args.max_response_tokens)
@@ -253,12 +262,8 @@ class PactTrainer(Trainer):
     def _attach_logprobs(self, groups: list[Group]) -> None:
         """Fix old and reference log-probs where the objective cannot take them from its own forward."""
         with self.accelerator.autocast():
-            if self.args.rollout_batch_steps > 1:
+            if self.args.rollout_batch_steps > 1 or self.config.ratio_reference == "behavior":
                 self.objective.attach_logprobs(self.model, groups, field="old_logp")
-            elif self.config.ratio_reference == "behavior":  # the prompt-only branch is on-policy: its ratio is 1
-                conditioned = [group for group in groups if group.branch != PROMPT]
-                if conditioned:
-                    self.objective.attach_logprobs(self.model, conditioned, field="old_logp")
             if self.reference is not None:
                 self.objective.attach_logprobs(self.reference, groups, field="ref_logp")
             if self._probing():
@@ -373,7 +378,7 @@ class PactTrainer(Trainer):
     def play(self, tasks: Sequence[Task]) -> list[EpisodeRecord]:
         """One episode of each task, shared out over the processes; records in the order of ``tasks``."""
         mine = tasks[self.args.process_index :: self.args.world_size]
-        options: Any = {"limits": self.limits, "sampling": Sampling(self.args.eval_temperature)}
+        options: Any = {"limits": self.limits, "sampling": Sampling(self.args.eval_temperature, self.args.top_p)}
         with self.accelerator.autocast():
             records = evaluate(self.engine, self.env, self.processing_class, mine, **options) if mine else []
         by_id = {record.id: record for record in gather_object(records)}

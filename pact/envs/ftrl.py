@@ -90,8 +90,8 @@ class Ftrl:
         return tuple(self._rows_of)
 
     def tasks(self, split: str) -> Sequence[Task]:
-        """The tasks of ``split`` in file order. The first time, every call of the traces is executed; an observation
-        that the trace records stays, with a warning where the tool now returns another one."""
+        """The tasks of ``split`` in file order. The first time, traces given as calls are executed; an observation that
+        such a trace records stays, with a warning where the tool now returns another one."""
         if split not in self._rows_of:
             raise ValueError(f"ftrl: {self.path} has no split {split!r}; it has: {', '.join(self._rows_of)}")
         if split not in self._ready:
@@ -269,6 +269,8 @@ def _task(place: str, index: int, row: dict[str, Any]) -> Task:
     if missing:
         raise ValueError(f"{place}: no {', '.join(missing)}; an FTRL row needs {', '.join(_REQUIRED)}")
     tools, codes, unsolved = (_json(place, row, column) for column in ("tools", "codes", "unsolved_set"))
+    if not all(isinstance(message, dict) for message in row["messages"]) or not isinstance(row["answer"], str):
+        raise ValueError(f"{place}: messages must be objects with role and content, and answer must be text")
     messages = [{key: value for key, value in message.items() if value is not None} for message in row["messages"]]
     if not messages or messages[-1].get("role") != "user":
         raise ValueError(f"{place}: messages must end with a user message, the question")
@@ -293,6 +295,8 @@ def _calls(place: str, value: Any) -> list[dict[str, Any]]:
                 f'{place}: a trace is a list of {{"name": text, "arguments": object}}, got {str(call)[:80]}'
             )
         kept = {key: call[key] for key in ("observation", "reasoning") if call.get(key) is not None}
+        if not all(isinstance(text, str) for text in kept.values()):
+            raise ValueError(f"{place}: observation and reasoning of a call must be text, got {str(kept)[:80]}")
         calls.append({"name": call["name"], "arguments": arguments, **kept})
     return calls
 

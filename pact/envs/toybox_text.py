@@ -60,11 +60,12 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
 @lru_cache(maxsize=1)
 def build_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of every toybox run, trained on fixed tasks of all shapes, rendered as the models will see them."""
-    from pact.envs.toybox import NAMES, Toybox
+    from pact.envs.toybox import NAMES, SIDES, Toybox
     from pact.trace import render_context, render_prompt, render_trace
 
     spelling = _wrap(_train([], 256 + len(CONTROL) + len(MARKUP)))  # one token a byte: ids that decode to the text
     atoms = [name for names in NAMES.values() for name in names] + [str(number) for number in range(100)]
+    atoms += [f"_{side}" for side in SIDES]
     texts = atoms * MIN_FREQUENCY  # so that each becomes one token
     for task in Toybox(train=CORPUS, seed=1, hops=(1, 3), flaky=0.1).tasks("train"):
         assert task.expert is not None

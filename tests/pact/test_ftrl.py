@@ -229,6 +229,9 @@ def test_parquet_reads_as_jsonl(tmp_path, env):
         ({"messages": [{"role": "assistant", "content": "x"}]}, r"row 1: messages must end with a user message"),
         ({"ground_truth": '[{"name": "city_of"}]'}, r"row 1: a trace is a list"),
         ({"ground_truth": "[{"}, r"row 1: ground_truth is not valid JSON"),
+        ({"messages": ["What?"]}, r"row 1: messages must be objects"),
+        ({"answer": 3}, r"row 1: .* answer must be text"),
+        ({"ground_truth": '[{"name": "a", "parameters": {}, "observation": ["x"]}]'}, r"observation .* must be text"),
     ],
 )
 def test_a_bad_row_is_one_line(tmp_path, change, message):

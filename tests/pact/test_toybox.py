@@ -6,7 +6,7 @@ import pytest
 
 from pact.envs import make
 from pact.envs.base import Environment, Episode
-from pact.envs.toybox import NAMES, Toybox
+from pact.envs.toybox import NAMES, SIDES, Toybox
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +173,6 @@ def test_tokenizer_round_trips_and_spells_names_alike(env):
         (token,) = tokenizer.encode(subject)
         for text in (f'{{"person": "{subject}"}}', f"of {subject}.", f"no entry for {subject}"):
             assert tokenizer.encode(text).count(token) == 1
+    for side in SIDES:  # look-alike sources differ in one token
+        base, last = tokenizer.encode(f"staff_{side}")
+        assert [tokenizer.decode([base]), tokenizer.decode([last])] == ["staff", f"_{side}"]

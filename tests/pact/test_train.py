@@ -95,11 +95,13 @@ def test_a_run_from_nothing_to_a_loadable_model(config, capsys, monkeypatch):
 
     assert cli.main(["train", "--resume", "whole", "--eval_tasks", "2"]) == 2
     assert "resume with the eval_tasks the run began with" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "whole", "--eval_temperature", "0.5"]) == 2
+    assert "was evaluated with eval_temperature 0.0, not 0.5" in capsys.readouterr().err
     assert cli.main(["train", "--resume", "whole", "--max_steps", "3"]) == 0  # beyond its end: evaluated anew
     assert [r["step"] for r in lines_of(whole) if "eval_reward" in r][-1] == 3
 
 
-def test_a_warm_start_is_resumed(config, monkeypatch):
+def test_a_warm_start_is_resumed(config, monkeypatch, capsys):
     log = train.WarmStartTrainer.log
 
     def crash(self, logs, start_time=None):
@@ -113,6 +115,9 @@ def test_a_warm_start_is_resumed(config, monkeypatch):
     assert not list(Path("runs/cut").glob("checkpoint-*"))
     monkeypatch.setattr(train.WarmStartTrainer, "log", log)
     assert cli.main(["train", "--resume"]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "cut", "--eval_tasks", "2"]) == 2  # the start is gone
+    assert "was not evaluated" in capsys.readouterr().err
     steps = [(r["phase"], r["step"]) for r in lines_of(Path("runs/cut")) if "loss" in r]
     assert steps == [("warm_start", 1), ("warm_start", 2), ("train", 1)]
 

@@ -21,7 +21,7 @@ from trainer_setup import (
 
 from pact.arguments import PactTrainingArguments
 from pact.envs.base import Score, Task
-from pact.objective import PactConfig
+from pact.objective import PactConfig, flatten_metrics
 from pact.reporting import Meter, MetricsWriter, read_metrics
 from pact.rollout import Trajectory
 from pact.samples import Estimator, load_groups, save_groups
@@ -101,23 +101,15 @@ def test_old_logprobs_stay_through_a_rollout_batch(tmp_path):
     assert "seconds/generate" not in second
 
 
-def test_behavior_ratios_are_computed_where_they_are_not_1(tmp_path):
-    """The prompt-only branch of an on-policy step has no old log-probs; the trace branch has the prompt-only ones."""
-    config = PactConfig(anchor_q=0.5, ratio_reference="behavior", kl_coef=0.0)
-    trainer = make_trainer(tmp_path, config=config)
+def test_behavior_ratios_are_1_on_the_prompt_branch_beside_the_trace_branch(tmp_path):
+    trainer = make_trainer(tmp_path, config=PactConfig(anchor_q=0.5, ratio_reference="behavior", kl_coef=0.0))
     groups = trainer.make_groups(list(trainer.train_dataset))
-    by_branch = {branch: [g for g in groups if g.branch == branch] for branch in ("prompt", "trace")}
-    assert all(by_branch.values())
-    assert all(rollout.old_logp is None for group in by_branch["prompt"] for rollout in group.rollouts)
-    assert all(set(rollout.old_logp) == {"prompt"} for group in by_branch["trace"] for rollout in group.rollouts)
-    for group in by_branch["trace"]:
-        again = replace(
-            group, branch="prompt", rollouts=[replace(rollout, old_logp=None) for rollout in group.rollouts]
-        )
-        trainer.objective.attach_logprobs(trainer.model, [again])
-        for rollout, fresh in zip(group.rollouts, again.rollouts, strict=True):
-            assert rollout.old_logp["prompt"] == pytest.approx(fresh.old_logp["prompt"], abs=1e-6)
-    assert trainer.objective.build(groups, 0.0)
+    assert {group.branch for group in groups} == {"prompt", "trace"}
+    (batch,) = trainer.objective.build(groups, 0.0)  # both branches in one tree
+    metrics = flatten_metrics(trainer.objective.loss(trainer.model, batch).metrics, 1)
+    assert metrics["ratio/prompt"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["clip_fraction/prompt"] == 0.0
+    assert abs(metrics["ratio/trace"] - 1.0) > 1e-5
 
 
 def test_metrics_lines_are_flat_and_complete(tmp_path):
@@ -143,7 +135,7 @@ def test_warm_start_has_no_rollouts_and_reads_traces(tmp_path):
     losses = {}
     for share in (0.0, 1.0):
         trainer = make_trainer(
-            tmp_path, kind=WarmStartTrainer, warm_start_context_share=share, max_steps=12, learning_rate=1.0
+            tmp_path, kind=WarmStartTrainer, warm_start_context_share=share, max_steps=12, learning_rate=0.3
         )
         trainer.generate = None  # a warm start that samples would call it
         trainer.train()
@@ -183,6 +175,23 @@ def test_evaluation_samples_at_its_own_temperature(tmp_path):
 
     assert {sampling.temperature for sampling in replies()} == {0.0}
     assert {sampling.temperature for sampling in replies(eval_temperature=0.7)} == {0.7}
+
+
+@pytest.mark.parametrize(
+    ("trace", "message"),
+    [
+        ([{"role": "assistant", "content": "", "tool_calls": [{"name": "x", "arguments": {}}]}], "have no result"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"name": "x", "arguments": "{"}]}], "are not JSON"),
+        ([{"role": "assistant", "content": "", "reasoning_content": 3}], "reasoning_content is int"),
+    ],
+)
+def test_a_bad_trace_names_its_task_before_any_work(tmp_path, trace, message):
+    env = toybox()
+    tasks = list(env.tasks("train"))
+    tasks[-1] = replace(tasks[-1], expert=trace)
+    env._cache["train"] = tasks
+    with pytest.raises(ValueError, match=f"task 'train-7': .*{message}"):
+        make_trainer(tmp_path, env=env)
 
 
 def test_equal_rewards_warn_and_train(tmp_path, monkeypatch):
