@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from pact_kernels.backend import resolve_backend
+from pact_kernels.backend import require_triton, resolve_backend
 from pact_kernels.linear_logprob.chunked import Head, LinearLogProb
 from pact_kernels.terms import LogProbs
 
-BUILT = ("torch",)
+BUILT = ("torch", "triton")  # auto is torch until the kernels have been measured on a GPU
 
 
 def linear_logprob(
@@ -54,10 +54,24 @@ def linear_logprob(
         ValueError: shapes, devices or values that do not fit.
         RuntimeError: a backend that cannot run.
     """
-    resolve_backend("linear_logprob", backend, BUILT)
+    chosen = resolve_backend("linear_logprob", backend, BUILT)
+    if chosen == "triton":
+        require_triton("linear_logprob", hidden.device)
     head = check_head(hidden, weight, target, rows, bias, temperature, softcap)
+    if chosen == "triton":
+        return _run_triton(head, entropy)
     logp, entropies = LinearLogProb.apply(*head.operands, head.softcap, head.operand_dtype, entropy)
     return LogProbs(logp, entropies)
+
+
+def _run_triton(head: Head, entropy: bool) -> LogProbs:
+    """The custom operators; imported here, so that the package does not need Triton."""
+    from pact_kernels.linear_logprob.ops import head_forward
+
+    if head.dtype == torch.float64:
+        raise TypeError("the triton backend computes in float32: use backend='torch' for float64 inputs")
+    logp_N, entropy_N, _ = head_forward(*head.operands, head.softcap or 0.0, head.operand_dtype, entropy)
+    return LogProbs(logp_N, entropy_N if entropy else None)
 
 
 def check_head(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pact_kernels import cotrain_loss, linear_cotrain_loss, linear_logprob
+from pact_kernels import cotrain_loss, linear_cotrain_loss
 from pact_kernels.backend import NAMES, resolve_backend
 from pact_kernels.terms import TokenTerms
 
@@ -29,7 +29,6 @@ def test_each_operation_checks_its_backend_first() -> None:
     one = torch.ones(1)
     terms = TokenTerms(torch.zeros(1, dtype=torch.int64), one, one, one, torch.zeros(1, dtype=torch.int64))
     calls = {
-        "linear_logprob": lambda: linear_logprob(torch.ones(1, 2), torch.ones(3, 2), terms.target, backend="triton"),
         "cotrain_loss": lambda: cotrain_loss(one, terms, backend="triton"),
         "linear_cotrain_loss": lambda: linear_cotrain_loss(torch.ones(1, 2), torch.ones(3, 2), terms, backend="triton"),
     }

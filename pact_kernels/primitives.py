@@ -1,0 +1,60 @@
+"""Triton helpers that several kernels share: a tile of logits, its online softmax sums, tanh. They launch nothing.
+
+Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def tanh(b_x):
+    """Odd in x by construction. ``1 - 2 / (e^2|x| + 1)`` cancels near 0, where the polynomial of Cephes' tanhf (2 ulp)
+    takes over."""
+    b_abs = tl.abs(b_x)
+    b_square = b_x * b_x
+    b_poly = -5.70498872745e-3 * b_square + 2.06390887954e-2
+    b_poly = b_poly * b_square - 5.37397155531e-2
+    b_poly = b_poly * b_square + 1.33314422036e-1
+    b_poly = b_poly * b_square - 3.33332819422e-1
+    b_near = b_x + b_x * b_square * b_poly
+    b_far = 1.0 - 2.0 / (tl.exp(2.0 * b_abs) + 1.0)
+    return tl.where(b_abs < 0.625, b_near, tl.where(b_x < 0, -b_far, b_far))
+
+
+@triton.jit
+def dot_rows(
+    p_hidden,
+    o_hidden,
+    m_n,
+    p_weight,
+    o_v,
+    m_v,
+    n_width,
+    stride_weight,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Rows of hidden times rows of weight, float32 [BLOCK_N, BLOCK_V]; ``o_hidden`` are offsets of whole rows.
+
+    ``UPCAST`` widens the operands first: the interpreter's dot is wrong for bf16.
+    """
+    o_h = tl.arange(0, BLOCK_H)
+    p_left = p_hidden + o_hidden[:, None] + o_h[None, :]
+    p_right = p_weight + o_v.to(tl.int64)[None, :] * stride_weight + o_h[:, None]
+    b_u = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+    for i_h in range(0, n_width, BLOCK_H):
+        m_h = o_h < n_width - i_h
+        b_hidden = tl.load(p_left + i_h, mask=m_n[:, None] & m_h[None, :], other=0.0)
+        b_weight = tl.load(p_right + i_h, mask=m_h[:, None] & m_v[None, :], other=0.0)
+        if UPCAST:
+            b_hidden = b_hidden.to(tl.float32)
+            b_weight = b_weight.to(tl.float32)
+        b_u = tl.dot(b_hidden, b_weight, b_u, input_precision="ieee")  # [N, H] x [H, V]
+    return b_u

@@ -1,0 +1,36 @@
+"""Fixed tile shapes of every kernel by architecture: plain data, no autotuning, no torch, no Triton.
+
+Tiles do not depend on the number of rows, so a row's log-prob does not either (bitwise). None of them has been tuned on
+a GPU yet: they are the largest that do not spill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HeadTile:
+    """Rows x vocabulary columns of one tile of logits, the width of one step of its dot, and how it is launched."""
+
+    block_n: int
+    block_v: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return f"n{self.block_n}_v{self.block_v}_h{self.block_h}_w{self.num_warps}_s{self.num_stages}"
+
+
+SPLIT_COLUMNS = 4096  # vocabulary columns that one program of the forward goes through
+
+# target -> bytes of an operand's element -> tile. Shared memory a stage: (block_n + block_v) * block_h * bytes.
+HEAD_TILES: dict[str, dict[int, HeadTile]] = {
+    "sm_80": {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
+    "sm_90": {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
+    "sm_100": {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
+    "gfx942": {2: HeadTile(128, 128, 32, 8, 2), 4: HeadTile(64, 64, 32, 4, 2)},
+    "interpreter": {2: HeadTile(32, 32, 32, 4, 1), 4: HeadTile(32, 32, 32, 4, 1)},
+}
