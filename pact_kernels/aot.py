@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pact_kernels.backend import INTERPRETED
-from pact_kernels.linear_logprob import ops
+
 from pact_kernels.linear_logprob import triton as head
-from pact_kernels.tiles import HEAD_TILES, HeadTile
+from pact_kernels.tiles import COMBINE_ROWS, GATHER_COLUMNS, HEAD_TILES, HeadTile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,7 +33,7 @@ TARGETS = {
 }
 OPERANDS = {"bf16": 2, "fp16": 2, "fp32": 4}
 POINTERS = {
-    "p_target": "*i64", "p_rows": "*i64", "p_live": "*i64", "p_order": "*i64", "p_start": "*i64",
+    "p_target": "*i64", "p_rows": "*i64", "p_select": "*i64", "p_source": "*i64", "p_order": "*i64", "p_start": "*i64", "p_flag": "*i32",
 }  # fmt: skip  # the other pointers are float32 or operands
 
 
@@ -73,9 +73,9 @@ def builds(target: str) -> Iterator[Build]:
             for kernel in (head.head_forward_kernel, head.head_dlogits_kernel):
                 yield _head(kernel, operand, tile, flags)
     for entropy in (False, True):
-        constants: dict[str, int | bool] = {"ENTROPY": entropy, "BLOCK_N": ops.BLOCK_COMBINE}
-        yield Build(head.head_combine_kernel, "fp32", constants, 4, 3, f"n{ops.BLOCK_COMBINE}_entropy{int(entropy)}")
-    yield Build(head.gather_sum_kernel, "fp32", {"BLOCK_H": ops.BLOCK_GATHER}, 4, 3, f"h{ops.BLOCK_GATHER}")
+        constants: dict[str, int | bool] = {"ENTROPY": entropy, "BLOCK_N": COMBINE_ROWS}
+        yield Build(head.head_combine_kernel, "fp32", constants, 4, 3, f"n{COMBINE_ROWS}_entropy{int(entropy)}")
+    yield Build(head.gather_sum_kernel, "fp32", {"BLOCK_H": GATHER_COLUMNS}, 4, 3, f"h{GATHER_COLUMNS}")
 
 
 def _head(kernel: Any, operand: str, tile: HeadTile, flags: dict[str, bool]) -> Build:
@@ -87,7 +87,7 @@ def _head(kernel: Any, operand: str, tile: HeadTile, flags: dict[str, bool]) -> 
 def compile_one(build: Build, target: str) -> dict[str, Any]:
     """One line of the report; ``ok`` is False and ``error`` says why where it does not compile."""
     types, names = build.types(), build.kernel.arg_names
-    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name == "n_width"]
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name == "n_width" or name.startswith("stride_")]
     source = ASTSource(
         build.kernel,
         types,

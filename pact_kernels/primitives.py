@@ -1,4 +1,4 @@
-"""Triton helpers that several kernels share: a tile of logits, its online softmax sums, tanh. They launch nothing.
+"""Triton helpers that several kernels share: a tile of logits by masked-free loads, tanh, e^x - 1 - x. They launch nothing.
 
 Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block in registers.
 """
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
+NOT_A_NUMBER = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -27,34 +28,48 @@ def tanh(b_x):
 
 
 @triton.jit
+def exp_minus_line(b_x):
+    """``e^x - 1 - x``, the k3 estimator, without its cancellation near 0: x^2/2 (1 + x/3 (1 + x/4 (...))) there."""
+    b_tail = 1.0 + b_x / 10.0
+    for i_term in tl.static_range(7):
+        b_tail = 1.0 + b_x / (9.0 - i_term) * b_tail
+    return tl.where(tl.abs(b_x) < 0.5, 0.5 * b_x * b_x * b_tail, tl.exp(b_x) - 1.0 - b_x)
+
+
+@triton.jit
 def dot_rows(
     p_hidden,
     o_hidden,
-    m_n,
     p_weight,
-    o_v,
-    m_v,
+    o_weight,
     n_width,
-    stride_weight,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EVEN_H: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Rows of hidden times rows of weight, float32 [BLOCK_N, BLOCK_V]; ``o_hidden`` are offsets of whole rows.
+    """Rows of hidden times rows of weight, float32 [BLOCK_N, BLOCK_V]; the offsets are of whole rows that exist.
 
-    ``UPCAST`` widens the operands first: the interpreter's dot is wrong for bf16.
+    A mask along H is paid only where H is no multiple of the block. ``UPCAST`` widens the operands first: the
+    interpreter's dot is wrong for bf16.
     """
     o_h = tl.arange(0, BLOCK_H)
     p_left = p_hidden + o_hidden[:, None] + o_h[None, :]
-    p_right = p_weight + o_v.to(tl.int64)[None, :] * stride_weight + o_h[:, None]
+    p_right = p_weight + o_weight[None, :] + o_h[:, None]
     b_u = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     for i_h in range(0, n_width, BLOCK_H):
-        m_h = o_h < n_width - i_h
-        b_hidden = tl.load(p_left + i_h, mask=m_n[:, None] & m_h[None, :], other=0.0)
-        b_weight = tl.load(p_right + i_h, mask=m_h[:, None] & m_v[None, :], other=0.0)
+        if EVEN_H:
+            b_hidden = tl.load(p_left)
+            b_weight = tl.load(p_right)
+        else:
+            m_h = o_h < n_width - i_h
+            b_hidden = tl.load(p_left, mask=m_h[None, :], other=0.0)
+            b_weight = tl.load(p_right, mask=m_h[:, None], other=0.0)
         if UPCAST:
             b_hidden = b_hidden.to(tl.float32)
             b_weight = b_weight.to(tl.float32)
         b_u = tl.dot(b_hidden, b_weight, b_u, input_precision="ieee")  # [N, H] x [H, V]
+        p_left += BLOCK_H
+        p_right += BLOCK_H
     return b_u

@@ -10,6 +10,7 @@ from torch import Tensor
 RL, SFT = 0, 1  # kind of a row
 PROMPT_BRANCH, TRACE_BRANCH = 0, 1  # context under which an RL row was scored
 N_KINDS, N_BRANCHES, N_COMPONENTS = 2, 2, 8  # shape of every metric
+METRICS = ("tokens", "weight", "loss", "logp", "ratio", "clipped", "kl", "entropy")  # see CoTrainResult
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _INTEGER_FIELDS = ("target", "kind", "component", "branch", "sequence")
@@ -19,7 +20,8 @@ _INTEGER_FIELDS = ("target", "kind", "component", "branch", "sequence")
 class TokenTerms:
     """One row a predicted token: what the objective wants from its log-prob. All tensors are [N] on one device.
 
-    Shapes, types, kinds, components and branches are checked once, here (one device synchronisation).
+    Shapes, types, kinds, components, branches and weights are checked once, here (one device synchronisation; not
+    inside a ``torch.compile`` region, where values cannot be looked at).
 
     Args:
         target: token id that the row predicts, integers of any width.
@@ -36,7 +38,8 @@ class TokenTerms:
 
     Raises:
         TypeError: a field that is no tensor, integers where floats are due or the reverse.
-        ValueError: not 1-D, unequal lengths, several devices, a kind, component or branch that does not exist.
+        ValueError: not 1-D, unequal lengths, several devices, a kind, component or branch that does not exist, a
+            weight that is negative or not finite.
     """
 
     target: Tensor
@@ -52,9 +55,8 @@ class TokenTerms:
     def __post_init__(self) -> None:
         for name, value in self._tensors().items():
             self._check_field(name, value)
-        self._check_range("kind", N_KINDS)
-        self._check_range("component", N_COMPONENTS)
-        self._check_range("branch", N_BRANCHES)
+        if self.target.numel() > 0 and not torch.compiler.is_compiling():
+            self._check_values()
 
     def __len__(self) -> int:
         return self.target.numel()
@@ -83,13 +85,18 @@ class TokenTerms:
         if value.device != self.target.device:
             raise ValueError(f"TokenTerms.{name} is on {value.device} but target is on {self.target.device}")
 
-    def _check_range(self, name: str, stop: int) -> None:
-        value = getattr(self, name)
-        if value is None or value.numel() == 0:
-            return
-        low, high = (int(bound) for bound in value.aminmax())
-        if low < 0 or high >= stop:
-            raise ValueError(f"TokenTerms.{name} must lie in 0..{stop - 1}, got {low if low < 0 else high}")
+    def _check_values(self) -> None:
+        stops = {"kind": N_KINDS, "component": N_COMPONENTS, "branch": N_BRANCHES}
+        stops = {name: stop for name, stop in stops.items() if getattr(self, name) is not None}
+        bounds = [bound.double() for name in stops for bound in getattr(self, name).aminmax()]
+        weight = self.weight.detach()
+        bounds.append(((weight >= 0) & weight.isfinite()).all().double())
+        *found, sound = torch.stack(bounds).tolist()  # one synchronisation
+        for (name, stop), low, high in zip(stops.items(), found[::2], found[1::2], strict=True):
+            if low < 0 or high >= stop:
+                raise ValueError(f"TokenTerms.{name} must lie in 0..{stop - 1}, got {int(low if low < 0 else high)}")
+        if not sound:
+            raise ValueError("TokenTerms.weight must be finite and not negative; the sign of a row is its advantage's")
 
 
 @dataclass(frozen=True)

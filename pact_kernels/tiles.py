@@ -24,13 +24,20 @@ class HeadTile:
         return f"n{self.block_n}_v{self.block_v}_h{self.block_h}_w{self.num_warps}_s{self.num_stages}"
 
 
-SPLIT_COLUMNS = 4096  # vocabulary columns that one program of the forward goes through
+# Vocabulary columns that one program of the forward goes through. Programs in flight share few splits, whose weights
+# (2048 x H) stay in the L2 cache.
+SPLIT_COLUMNS = 2048
 
 # target -> bytes of an operand's element -> tile. Shared memory a stage: (block_n + block_v) * block_h * bytes.
 HEAD_TILES: dict[str, dict[int, HeadTile]] = {
     "sm_80": {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
-    "sm_90": {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
-    "sm_100": {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
+    "sm_90": {2: HeadTile(128, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
+    "sm_100": {2: HeadTile(128, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
     "gfx942": {2: HeadTile(128, 128, 32, 8, 2), 4: HeadTile(64, 64, 32, 4, 2)},
     "interpreter": {2: HeadTile(32, 32, 32, 4, 1), 4: HeadTile(32, 32, 32, 4, 1)},
 }
+
+COTRAIN_ROWS = 128  # rows of one program of the loss
+COMBINE_ROWS = 128  # rows of one program that joins splits
+GATHER_COLUMNS = 256  # columns of one program that sums lines
+KEPT_TILE = (8, 4)  # lines and warps of one program that turns kept exponentials into gradients

@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from pact_kernels.backend import resolve_backend
+from pact_kernels.backend import require_triton, resolve_backend
 from pact_kernels.cotrain_loss.fused import LinearCoTrainLoss
 from pact_kernels.cotrain_loss.rowwise import CoTrainLoss, LossOptions, Rows, row_loss, sum_metrics
 from pact_kernels.linear_logprob.api import check_head
-from pact_kernels.terms import RL, CoTrainResult, TokenTerms
+from pact_kernels.linear_logprob.chunked import Head
+from pact_kernels.terms import METRICS, RL, CoTrainResult, TokenTerms
 
-BUILT = ("torch",)
+BUILT = ("torch", "triton")  # auto is torch until the kernels have been measured on a GPU
 
 
 def cotrain_loss(
@@ -51,7 +52,9 @@ def cotrain_loss(
             entropy.
         RuntimeError: a backend that cannot run.
     """
-    resolve_backend("cotrain_loss", backend, BUILT)
+    chosen = resolve_backend("cotrain_loss", backend, BUILT)
+    if chosen == "triton":
+        require_triton("cotrain_loss", logp.device)
     options = LossOptions(clip_low, clip_high, kl_coef, entropy_coef)
     _check_options(options, terms)
     _check_rows("logp", logp, terms)
@@ -61,10 +64,22 @@ def cotrain_loss(
             raise TypeError(f"entropy is {entropy.dtype} but logp is {logp.dtype}")
     elif entropy_coef != 0:
         raise ValueError("entropy_coef is not 0 but no entropy was given; ask linear_logprob for it with entropy=True")
+    if chosen == "triton":
+        return _run_triton(logp, entropy, terms, options)
     with torch.no_grad():
         row = row_loss(logp, entropy, Rows.of(terms, logp.dtype), options)
         metrics = sum_metrics(logp, entropy, terms, row)
     return CoTrainResult(CoTrainLoss.apply(logp, entropy, row), metrics)
+
+
+def _run_triton(logp: Tensor, entropy: Tensor | None, terms: TokenTerms, options: LossOptions) -> CoTrainResult:
+    """The custom operator; imported here, so that the package does not need Triton."""
+    from pact_kernels.cotrain_loss.ops import cotrain_loss_op
+
+    if logp.dtype == torch.float64:
+        raise TypeError("the triton backend computes in float32: use backend='torch' for float64 log-probs")
+    loss, metrics, *_ = cotrain_loss_op(logp, entropy, *_columns(terms), _coefficients(options))
+    return CoTrainResult(loss, _by_name(metrics))
 
 
 def linear_cotrain_loss(
@@ -98,19 +113,60 @@ def linear_cotrain_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as ``linear_logprob`` and ``cotrain_loss``.
     """
-    resolve_backend("linear_cotrain_loss", backend, BUILT)
+    chosen = resolve_backend("linear_cotrain_loss", backend, BUILT)
+    if chosen == "triton":
+        require_triton("linear_cotrain_loss", hidden.device)
     options = LossOptions(clip_low, clip_high, kl_coef, entropy_coef)
     _check_options(options, terms)
-    head = check_head(hidden, weight, terms.target, rows, bias, temperature, softcap)
-    constants = Rows.of(terms, head.dtype)
+    head = check_head(hidden, weight, terms.target, rows, bias, temperature, softcap, scan=chosen == "torch")
     with_entropy = entropy or entropy_coef != 0
     needs = tuple(
         torch.is_grad_enabled() and operand is not None and operand.requires_grad for operand in (hidden, weight, bias)
     )
+    if chosen == "triton":
+        return _run_fused_triton(head, terms, options, with_entropy, needs)
+    constants = Rows.of(terms, head.dtype)
     loss, logp, entropies = LinearCoTrainLoss.apply(hidden, weight, bias, head, constants, options, with_entropy, needs)
     with torch.no_grad():
         metrics = sum_metrics(logp, entropies, terms, row_loss(logp, entropies, constants, options))
     return CoTrainResult(loss, metrics)
+
+
+def _run_fused_triton(
+    head: Head, terms: TokenTerms, options: LossOptions, entropy: bool, needs: tuple[bool, ...]
+) -> CoTrainResult:
+    """The custom operators; imported here, so that the package does not need Triton.
+
+    float16 needs a loss scale, which is known in the backward only: gradients formed before it would underflow. So
+    float16 takes the composition, whose backward is given the scale.
+    """
+    from pact_kernels.cotrain_loss.ops import cotrain_loss_op, linear_cotrain_loss_op
+    from pact_kernels.linear_logprob.ops import head_forward
+
+    softcap = head.softcap or 0.0
+    if head.operand_dtype == torch.float16:
+        logp, entropies, *_ = head_forward(*head.operands, softcap, head.operand_dtype, entropy)
+        result = cotrain_loss_op(logp, entropies if entropy else None, *_columns(terms), _coefficients(options))
+    else:
+        result = linear_cotrain_loss_op(
+            *head.operands, softcap, head.operand_dtype, entropy, *_columns(terms), _coefficients(options), list(needs)
+        )
+    return CoTrainResult(result[0], _by_name(result[1]))
+
+
+def _columns(terms: TokenTerms) -> tuple[Tensor | None, ...]:
+    """What the operators read of the terms."""
+    names = ("old_logp", "advantage", "weight", "kind", "component", "branch", "ref_logp")
+    values = (getattr(terms, name) for name in names)
+    return tuple(None if value is None else value.detach() for value in values)
+
+
+def _coefficients(options: LossOptions) -> list[float]:
+    return [options.clip_low, options.clip_high, options.kl_coef, options.entropy_coef]
+
+
+def _by_name(metrics: Tensor) -> dict[str, Tensor]:
+    return dict(zip(METRICS, metrics.detach().unbind()))
 
 
 def _check_options(options: LossOptions, terms: TokenTerms) -> None:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pact_kernels.terms import N_BRANCHES, N_COMPONENTS, N_KINDS, RL, TokenTerms
+from pact_kernels.terms import METRICS, N_BRANCHES, N_COMPONENTS, N_KINDS, RL, TokenTerms
 
-METRICS = ("tokens", "weight", "loss", "logp", "ratio", "clipped", "kl", "entropy")
 _CELLS = (N_KINDS, N_BRANCHES, N_COMPONENTS)
 
 

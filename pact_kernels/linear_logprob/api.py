@@ -50,16 +50,17 @@ def linear_logprob(
         ``LogProbs(logp [N], entropy [N] or None)``, float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: shapes, devices or values that do not fit.
+        TypeError: a dtype that does not fit, a sharded weight.
+        ValueError: shapes, devices or values that do not fit. The triton backend finds a target, a row or a
+            temperature out of range in its kernels, with no scan of its own: such a row is NaN, and the backward
+            raises.
         RuntimeError: a backend that cannot run.
     """
     chosen = resolve_backend("linear_logprob", backend, BUILT)
     if chosen == "triton":
         require_triton("linear_logprob", hidden.device)
+        return _run_triton(check_head(hidden, weight, target, rows, bias, temperature, softcap, scan=False), entropy)
     head = check_head(hidden, weight, target, rows, bias, temperature, softcap)
-    if chosen == "triton":
-        return _run_triton(head, entropy)
     logp, entropies = LinearLogProb.apply(*head.operands, head.softcap, head.operand_dtype, entropy)
     return LogProbs(logp, entropies)
 
@@ -68,9 +69,7 @@ def _run_triton(head: Head, entropy: bool) -> LogProbs:
     """The custom operators; imported here, so that the package does not need Triton."""
     from pact_kernels.linear_logprob.ops import head_forward
 
-    if head.dtype == torch.float64:
-        raise TypeError("the triton backend computes in float32: use backend='torch' for float64 inputs")
-    logp_N, entropy_N, _ = head_forward(*head.operands, head.softcap or 0.0, head.operand_dtype, entropy)
+    logp_N, entropy_N, *_ = head_forward(*head.operands, head.softcap or 0.0, head.operand_dtype, entropy)
     return LogProbs(logp_N, entropy_N if entropy else None)
 
 
@@ -82,20 +81,30 @@ def check_head(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    scan: bool = True,
 ) -> Head:
-    """The checked operands of one call; see ``linear_logprob`` for what is checked."""
+    """The checked operands of one call; see ``linear_logprob`` for what is checked.
+
+    ``scan``: whether to look at values on the device (one synchronisation each) for targets, rows and temperatures out
+    of range. The Triton kernels look at them themselves, and compute in float32 only.
+    """
     operand_dtype = _check_operands(hidden, weight, bias)
+    if not scan and operand_dtype == torch.float64:
+        raise TypeError("the triton backend computes in float32: use backend='torch' for float64 inputs")
     if rows is None and target.shape != hidden.shape[:1]:
         raise ValueError(f"target is {list(target.shape)} beside {hidden.shape[0]} hidden rows; pass rows to pair them")
-    _check_indices("target", target, weight.shape[0], "the vocabulary", hidden.device)
+    _check_indices("target", target, hidden.device)
     if rows is None:
         rows = torch.arange(target.numel(), device=hidden.device)
-    _check_indices("rows", rows, hidden.shape[0], "the rows of hidden", hidden.device)
+    _check_indices("rows", rows, hidden.device)
     if rows.shape != target.shape:
         raise ValueError(f"rows has shape {list(rows.shape)} but target has shape {list(target.shape)}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
-    inv_temperature = _inverse_temperature(temperature, target, operand_dtype)
+    if scan:
+        _check_range("target", target, weight.shape[0], "the vocabulary")
+        _check_range("rows", rows, hidden.shape[0], "the rows of hidden")
+    inv_temperature = _inverse_temperature(temperature, target, operand_dtype, scan)
     return Head(hidden, weight, bias, target.long(), rows.long(), inv_temperature, softcap, operand_dtype)
 
 
@@ -110,6 +119,12 @@ def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torc
         raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
     operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, operand in operands.items():
+        if hasattr(operand, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor: each process holds a shard of it. Call this inside the forward of the module that "
+                "FSDP2 wraps, where its parameters are gathered, or pass "
+                f"{name}.full_tensor(grad_placements=[Partial()]) yourself"
+            )
         if not operand.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {operand.dtype}")
         if operand.device != hidden.device:
@@ -122,13 +137,16 @@ def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torc
     return hidden.dtype
 
 
-def _check_indices(name: str, index: Tensor, stop: int, what: str, device: torch.device) -> None:
+def _check_indices(name: str, index: Tensor, device: torch.device) -> None:
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {index.dtype}")
     if index.dim() != 1:
         raise ValueError(f"{name} must be 1-D, got shape {list(index.shape)}")
     if index.device != device:
         raise ValueError(f"{name} is on {index.device} but hidden is on {device}")
+
+
+def _check_range(name: str, index: Tensor, stop: int, what: str) -> None:
     if index.numel() == 0:
         return
     low, high = (int(bound) for bound in index.aminmax())
@@ -136,7 +154,9 @@ def _check_indices(name: str, index: Tensor, stop: int, what: str, device: torch
         raise ValueError(f"{name} must lie in 0..{stop - 1} ({what}), got {low if low < 0 else high}")
 
 
-def _inverse_temperature(temperature: float | Tensor, target: Tensor, operand_dtype: torch.dtype) -> Tensor | None:
+def _inverse_temperature(
+    temperature: float | Tensor, target: Tensor, operand_dtype: torch.dtype, scan: bool
+) -> Tensor | None:
     """1 / temperature as [N] in the accumulation dtype, or None for the number 1."""
     dtype = torch.float64 if operand_dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
@@ -150,6 +170,6 @@ def _inverse_temperature(temperature: float | Tensor, target: Tensor, operand_dt
             f"temperature must be a number or [N] like target, got {list(temperature.shape)} on {temperature.device} "
             f"beside {list(target.shape)} on {target.device}"
         )
-    if not bool(((temperature > 0) & temperature.isfinite()).all()):
+    if scan and not bool(((temperature > 0) & temperature.isfinite()).all()):
         raise ValueError("temperature must be positive and finite in every row")
     return temperature.detach().to(dtype).reciprocal()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+# Kernel tests run on a GPU where there is one, in Triton's interpreter where there is none.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def assert_within(name: str, got: Tensor, plain: Tensor, exact: Tensor, rounding: float) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pact_kernels import cotrain_loss, linear_cotrain_loss
+from pact_kernels import cotrain_loss, linear_cotrain_loss, linear_logprob
 from pact_kernels.backend import NAMES, resolve_backend
 from pact_kernels.terms import TokenTerms
 
@@ -25,15 +25,18 @@ def test_an_unknown_backend_names_the_choices() -> None:
         resolve_backend("linear_logprob", "flash", ("torch",))
 
 
-def test_each_operation_checks_its_backend_first() -> None:
-    one = torch.ones(1)
-    terms = TokenTerms(torch.zeros(1, dtype=torch.int64), one, one, one, torch.zeros(1, dtype=torch.int64))
+def test_each_operation_checks_its_backend_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pact_kernels.backend.INTERPRETED", False)
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    hidden, weight = torch.ones(1, 2), torch.ones(3, 2)
+    terms = TokenTerms(zero, one, one, one, zero)
     calls = {
+        "linear_logprob": lambda: linear_logprob(hidden, weight, zero, backend="triton"),
         "cotrain_loss": lambda: cotrain_loss(one, terms, backend="triton"),
-        "linear_cotrain_loss": lambda: linear_cotrain_loss(torch.ones(1, 2), torch.ones(3, 2), terms, backend="triton"),
+        "linear_cotrain_loss": lambda: linear_cotrain_loss(hidden, weight, terms, backend="triton"),
     }
     for op, call in calls.items():
-        with pytest.raises(RuntimeError, match=f"^{op}: this build has no triton kernel"):
+        with pytest.raises(RuntimeError, match=f"^{op}: the triton backend needs tensors on a GPU and got cpu: move"):
             call()
 
 

@@ -60,6 +60,10 @@ class Problem:
             torch.randn(n, generator=g) if options.get("entropy") else None,
         )
 
+    def to(self, device: torch.device) -> Problem:
+        """The same problem on ``device``."""
+        return Problem(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
     def run(self, op, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Outputs and every gradient of ``op`` with the operands cast to ``dtype``."""
         cast = [

@@ -14,7 +14,7 @@ def make_terms(n: int = 3) -> TokenTerms:
         ints,
         floats,
         floats,
-        floats,
+        floats.abs(),
         ints.to(torch.uint8) % 2,
         ints.to(torch.int8),
         floats,
@@ -49,6 +49,9 @@ def test_optional_fields_stay_absent() -> None:
         ({"kind": torch.tensor([0, 1, 2])}, ValueError, "kind must lie in 0..1, got 2"),
         ({"branch": torch.tensor([0, -1, 1])}, ValueError, "branch must lie in 0..1, got -1"),
         ({"component": torch.full((3,), N_COMPONENTS)}, ValueError, "component must lie in 0..7, got 8"),
+        ({"weight": torch.tensor([0.0, -0.5, 1.0])}, ValueError, "weight must be finite and not negative; the sign"),
+        ({"weight": torch.tensor([0.0, float("nan"), 1.0])}, ValueError, "weight must be finite and not negative"),
+        ({"weight": torch.tensor([0.0, float("inf"), 1.0])}, ValueError, "weight must be finite and not negative"),
         ({"ref_logp": torch.ones(3, device="meta")}, ValueError, "ref_logp is on meta but target is on cpu"),
     ],
 )
