@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pact_kernels.backend import INTERPRETED
-
+from pact_kernels.cotrain_loss import triton as loss
 from pact_kernels.linear_logprob import triton as head
-from pact_kernels.tiles import COMBINE_ROWS, GATHER_COLUMNS, HEAD_TILES, HeadTile
+from pact_kernels.terms import N_BRANCHES, N_COMPONENTS, N_KINDS
+from pact_kernels.tiles import COMBINE_ROWS, COTRAIN_ROWS, GATHER_COLUMNS, HEAD_TILES, KEPT_TILE, HeadTile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -32,9 +35,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 OPERANDS = {"bf16": 2, "fp16": 2, "fp32": 4}
-POINTERS = {
-    "p_target": "*i64", "p_rows": "*i64", "p_select": "*i64", "p_source": "*i64", "p_order": "*i64", "p_start": "*i64", "p_flag": "*i32",
-}  # fmt: skip  # the other pointers are float32 or operands
+# Element types of pointers; those not named hold float32.
+OPERAND_POINTERS = ("p_hidden", "p_weight", "p_bias", "p_kept", "p_out")
+INDEX_POINTERS = ("p_target", "p_rows", "p_select", "p_source", "p_order", "p_start")
+OTHER_POINTERS = {
+    "p_flag": "i32", "p_sums": "fp64", "p_kind": "i64", "p_component": "i64", "p_branch": "i64",
+}  # fmt: skip
+N_SHARES = 4  # of the builds of a target
+FLOATS = ("softcap", "clip_low", "clip_high", "kl_coef", "entropy_coef")
 
 
 @dataclass(frozen=True)
@@ -50,44 +58,72 @@ class Build:
 
     def types(self) -> dict[str, str]:
         """Argument name -> Triton type."""
-        own = dict.fromkeys(("p_hidden", "p_weight", "p_bias"), f"*{self.operand}")
-        if self.kernel is head.head_dlogits_kernel:
-            own["p_out"] = f"*{self.operand}"
-        found = {}
-        for name in self.kernel.arg_names:
-            if name in self.constants:
-                found[name] = "constexpr"
-            elif name.startswith("p_"):
-                found[name] = own.get(name) or POINTERS.get(name, "*fp32")
-            else:
-                found[name] = "fp32" if name == "softcap" else "i32"
-        return found
+        return {name: self._type(name) for name in self.kernel.arg_names}
+
+    def _type(self, name: str) -> str:
+        if name in self.constants:
+            return "constexpr"
+        if name in INDEX_POINTERS:
+            return "*i64"
+        if name in OPERAND_POINTERS:
+            return f"*{self.operand}"
+        if name.startswith("p_"):
+            return f"*{OTHER_POINTERS.get(name, 'fp32')}"
+        return "fp32" if name in FLOATS else "i32"
 
 
 def builds(target: str) -> Iterator[Build]:
-    """Everything that a call on ``target`` can launch."""
+    """Every kernel and tile that a call on ``target`` can launch: with no option and with all that go together."""
     for operand, size in OPERANDS.items():
         tile = HEAD_TILES[target][size]
-        for options in (False, True):
-            flags = dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "HAS_SCALE", "ENTROPY"), options)
-            for kernel in (head.head_forward_kernel, head.head_dlogits_kernel):
-                yield _head(kernel, operand, tile, flags)
-    for entropy in (False, True):
-        constants: dict[str, int | bool] = {"ENTROPY": entropy, "BLOCK_N": COMBINE_ROWS}
-        yield Build(head.head_combine_kernel, "fp32", constants, 4, 3, f"n{COMBINE_ROWS}_entropy{int(entropy)}")
-    yield Build(head.gather_sum_kernel, "fp32", {"BLOCK_H": GATHER_COLUMNS}, 4, 3, f"h{GATHER_COLUMNS}")
+        options = dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "HAS_SCALE", "ENTROPY"), True)
+        none = dict.fromkeys(options, False)
+        for config, flags in (
+            ("plain", none | {"EVEN_H": True}),
+            ("entropy", none | {"ENTROPY": True, "EVEN_H": True}),
+            ("all", options | {"EVEN_H": False}),
+        ):
+            yield _head(head.head_forward_kernel, operand, tile, flags | {"KEEP": False}, config)
+            yield _head(head.head_dlogits_kernel, operand, tile, flags, config)
+            kept = flags | {"HAS_SOFTCAP": False, "KEEP": True}
+            yield _head(head.head_forward_kernel, operand, tile, kept, f"keep_{config}")
+            yield _kept(operand, tile, flags, config)
+    for flag in (False, True):
+        combine = {"HAS_SCALE": flag, "ENTROPY": flag, "BLOCK_N": COMBINE_ROWS}
+        yield Build(head.head_combine_kernel, "fp32", combine, 4, 3, f"n{COMBINE_ROWS}_{'all' if flag else 'plain'}")
+        yield from (_loss(sums, flag) for sums in (False, True))
+    for out in OPERANDS:
+        yield Build(head.gather_sum_kernel, out, {"BLOCK_H": GATHER_COLUMNS}, 4, 3, f"{out}_h{GATHER_COLUMNS}")
 
 
-def _head(kernel: Any, operand: str, tile: HeadTile, flags: dict[str, bool]) -> Build:
+def _head(kernel: Any, operand: str, tile: HeadTile, flags: dict[str, bool], config: str) -> Build:
     blocks = {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "UPCAST": False}
-    config = f"{operand}_{tile.name}{'_all' if all(flags.values()) else ''}"
-    return Build(kernel, operand, flags | blocks, tile.num_warps, tile.num_stages, config)
+    return Build(kernel, operand, flags | blocks, tile.num_warps, tile.num_stages, f"{operand}_{tile.name}_{config}")
+
+
+def _kept(operand: str, tile: HeadTile, flags: dict[str, bool], config: str) -> Build:
+    rows, warps = KEPT_TILE
+    constants = {name: flags[name] for name in ("HAS_SCALE", "ENTROPY")} | {"BLOCK_N": rows, "BLOCK_V": tile.block_v}
+    name = f"{operand}_n{rows}_v{tile.block_v}_w{warps}_{config}"
+    return Build(head.head_kept_dlogits_kernel, operand, constants, warps, 3, name)
+
+
+def _loss(sums: bool, optional: bool) -> Build:
+    flags = ("HAS_ENTROPY", "HAS_OLD", "HAS_REF", "HAS_COMPONENT", "HAS_BRANCH")
+    sizes = {"N_BRANCHES": N_BRANCHES, "N_COMPONENTS": N_COMPONENTS, "CELLS": N_KINDS * N_BRANCHES * N_COMPONENTS}
+    constants = dict.fromkeys(flags, optional) | {"SUMS": sums, "BLOCK_N": COTRAIN_ROWS} | sizes
+    name = f"n{COTRAIN_ROWS}_{'sums' if sums else 'derivatives'}_{'all' if optional else 'plain'}"
+    return Build(loss.cotrain_rows_kernel, "fp32", constants, 4, 3, name)
 
 
 def compile_one(build: Build, target: str) -> dict[str, Any]:
     """One line of the report; ``ok`` is False and ``error`` says why where it does not compile."""
     types, names = build.types(), build.kernel.arg_names
-    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name == "n_width" or name.startswith("stride_")]
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if types[name].startswith("*") or name == "n_width" or name.startswith("stride_")
+    ]
     source = ASTSource(
         build.kernel,
         types,
@@ -123,7 +159,19 @@ def report() -> list[dict[str, Any]]:
     """All lines, architecture by architecture. Raises RuntimeError in the interpreter, which compiles nothing."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled, unset it")
-    return [compile_one(build, target) for target in TARGETS for build in builds(target)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return [line for lines in pool.map(_report_share, *_shares()) for line in lines]
+
+
+def _shares() -> tuple[list[str], list[int]]:
+    """Arguments of ``_report_share``: a target and every how manieth of its builds, a few for each process."""
+    pairs = [(target, share) for target in TARGETS for share in range(N_SHARES)]
+    return [target for target, _ in pairs], [share for _, share in pairs]
+
+
+def _report_share(target: str, share: int) -> list[dict[str, Any]]:
+    """Kernels do not travel between processes, so each makes its own list."""
+    return [compile_one(build, target) for build in list(builds(target))[share::N_SHARES]]
 
 
 def main() -> int:

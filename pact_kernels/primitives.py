@@ -1,4 +1,4 @@
-"""Triton helpers that several kernels share: a tile of logits by masked-free loads, tanh, e^x - 1 - x. They launch nothing.
+"""Triton helpers that several kernels share: a product of rows, tanh, e^x - 1 - x. They launch nothing.
 
 Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block in registers.
 """

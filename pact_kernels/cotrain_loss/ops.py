@@ -32,7 +32,7 @@ _CELLS = (N_KINDS, N_BRANCHES, N_COMPONENTS)
 
 
 class Columns(NamedTuple):
-    """The fields of TokenTerms that the loss reads, [N] each."""
+    """The fields of TokenTerms that the loss reads, [N] each, contiguous."""
 
     old_logp: Tensor | None
     advantage: Tensor
@@ -43,6 +43,10 @@ class Columns(NamedTuple):
     ref_logp: Tensor | None
 
 
+def _columns(*values: Tensor | None) -> Columns:
+    return Columns._make(None if value is None else value.contiguous() for value in values)
+
+
 def _launch(
     select: Tensor,
     logp: Tensor,
@@ -51,7 +55,6 @@ def _launch(
     coefficients: list[float],
     **outputs: Tensor | None,
 ) -> None:
-    columns = Columns(*(None if value is None else value.contiguous() for value in columns))
     cotrain_rows_kernel[(triton.cdiv(select.numel(), COTRAIN_ROWS),)](
         select, logp, entropy, columns.old_logp, columns.advantage, columns.weight, columns.kind, columns.component,
         columns.branch, columns.ref_logp, outputs.get("dlogp"), outputs.get("dentropy"), outputs.get("sums"),
@@ -102,7 +105,7 @@ def cotrain_loss_op(
 
     ``coefficients``: clip_low, clip_high, kl_coef, entropy_coef.
     """
-    columns = Columns(old_logp, advantage, weight, kind, component, branch, ref_logp)
+    columns = _columns(old_logp, advantage, weight, kind, component, branch, ref_logp)
     logp = logp.contiguous()
     entropy = None if entropy is None else entropy.contiguous()
     rows = torch.arange(logp.numel(), device=logp.device)
@@ -112,7 +115,7 @@ def cotrain_loss_op(
 
 
 @cotrain_loss_op.register_fake
-def _(logp, entropy, old_logp, advantage, weight, kind, component, branch, ref_logp, coefficients):  # type: ignore[no-untyped-def]
+def _(logp, entropy, old_logp, advantage, weight, kind, component, branch, ref_logp, coefficients):
     n, new = logp.shape[0], logp.new_empty
     n_entropy = n if entropy is not None and coefficients[3] else 0
     return new(()), new(len(METRICS), *_CELLS, dtype=torch.float64), new(n), new(n_entropy)
@@ -162,7 +165,7 @@ def linear_cotrain_loss_op(
     Raises ValueError where a target, a row index or a temperature is out of range.
     """
     head = TritonHead.of(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype)
-    columns = Columns(old_logp, advantage, row_weight, kind, component, branch, ref_logp)
+    columns = _columns(old_logp, advantage, row_weight, kind, component, branch, ref_logp)
     scores = Scores.empty(target.numel(), entropy, hidden.device)
     candidates = _may_have_gradient(columns, coefficients) if any(needs) else torch.zeros_like(kind, dtype=torch.bool)
     score(head, (~candidates).nonzero()[:, 0], scores)
@@ -172,8 +175,14 @@ def linear_cotrain_loss_op(
         _add_chunk(head, candidates[begin : begin + step], scores, columns, coefficients, gradients)
     raise_flag(scores.flag.tolist(), head.n_vocab, hidden.shape[0])
     loss, metrics = _sums(scores.logp, scores.entropy if entropy else None, columns, coefficients)
-    found = (gradients.hidden_RH(torch.float32), gradients.weight_VH, gradients.bias_V)
-    return loss, metrics, *(loss.new_empty(0) if value is None else value for value in found)
+    dhidden, dweight, dbias = gradients.hidden_RH(torch.float32), gradients.weight_VH, gradients.bias_V
+    return (
+        loss,
+        metrics,
+        loss.new_empty(0) if dhidden is None else dhidden,
+        loss.new_empty(0) if dweight is None else dweight,
+        loss.new_empty(0) if dbias is None else dbias,
+    )
 
 
 def _may_have_gradient(columns: Columns, coefficients: list[float]) -> Tensor:
@@ -207,7 +216,7 @@ def _add_chunk(
 
 
 @linear_cotrain_loss_op.register_fake
-def _(  # type: ignore[no-untyped-def]
+def _(
     hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype, entropy, old_logp, advantage,
     row_weight, kind, component, branch, ref_logp, coefficients, needs,
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Triton kernel of cotrain_loss: each row's loss, its derivatives c and e, and the metrics' sums. [N]-sized work only."""
+"""Triton kernel of cotrain_loss: each row's loss, its derivatives c and e, the metrics' sums. [N]-sized work only."""
 
 from __future__ import annotations
 

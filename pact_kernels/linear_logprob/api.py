@@ -121,8 +121,8 @@ def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torc
     for name, operand in operands.items():
         if hasattr(operand, "full_tensor"):
             raise TypeError(
-                f"{name} is a DTensor: each process holds a shard of it. Call this inside the forward of the module that "
-                "FSDP2 wraps, where its parameters are gathered, or pass "
+                f"{name} is a DTensor: each process holds a shard of it. Call this inside the forward of the module "
+                "that FSDP2 wraps, where its parameters are gathered, or pass "
                 f"{name}.full_tensor(grad_placements=[Partial()]) yourself"
             )
         if not operand.is_floating_point():

@@ -6,6 +6,7 @@ It knows no autograd and no losses; the custom operators in ``ops.py`` (here and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,8 @@ class TritonHead:
         if weight.stride(-1) != 1 or weight.stride(0) * tile.block_v >= 2**31:  # offsets within a tile are 32-bit
             weight = weight.contiguous()
         bias = None if bias is None else bias.to(dtype).contiguous()
-        rowwise = (target.contiguous(), rows.contiguous(), None if inv_temperature is None else inv_temperature.contiguous())
+        inv_temperature = None if inv_temperature is None else inv_temperature.contiguous()
+        rowwise = (target.contiguous(), rows.contiguous(), inv_temperature)
         return cls(hidden.to(dtype), weight.to(dtype), bias, *rowwise, softcap, tile)
 
     @property
@@ -114,8 +116,9 @@ class Scores(NamedTuple):
     @classmethod
     def empty(cls, n: int, entropy: bool, device: torch.device) -> Scores:
         """Room for n rows."""
-        new = [torch.empty(size, dtype=torch.float32, device=device) for size in (n, n if entropy else 0, n, n)]
-        return cls(*new, torch.zeros(len(FLAGS), dtype=torch.int32, device=device))
+        new = partial(torch.empty, dtype=torch.float32, device=device)
+        flag = torch.zeros(len(FLAGS), dtype=torch.int32, device=device)
+        return cls(new(n), new(n if entropy else 0), new(n), new(n), flag)
 
 
 class Kept(NamedTuple):
@@ -134,8 +137,8 @@ class Kept(NamedTuple):
 def tile_buffer(head: TritonHead, n: int) -> Tensor:
     """Room for n lines of V columns in whole tiles, in the operands' dtype: stores need no mask, and lines begin where
     a matmul likes them whatever V is. Read ``[:n, :V]`` of it."""
-    lines, columns = (triton.cdiv(size, block) * block for size, block in ((n, head.tile.block_n), (head.n_vocab, head.tile.block_v)))
-    return head.hidden_RH.new_empty(lines, columns)
+    sizes = ((n, head.tile.block_n), (head.n_vocab, head.tile.block_v))
+    return head.hidden_RH.new_empty(*(triton.cdiv(size, block) * block for size, block in sizes))
 
 
 def score(head: TritonHead, select: Tensor, scores: Scores, kept: Kept | None = None) -> None:

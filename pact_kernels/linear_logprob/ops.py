@@ -42,11 +42,11 @@ def head_forward(
     head = TritonHead.of(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype)
     scores = Scores.empty(target.numel(), entropy, hidden.device)
     score(head, torch.arange(target.numel(), device=hidden.device), scores)
-    return tuple(scores)  # type: ignore[return-value]
+    return scores.logp, scores.entropy, scores.centre, scores.log_total, scores.flag
 
 
 @head_forward.register_fake
-def _(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype, entropy):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype, entropy):
     n, new = target.shape[0], hidden.new_empty
     rowwise = (new(size, dtype=torch.float32) for size in (n, n if entropy else 0, n, n))
     return *rowwise, new(len(FLAGS), dtype=torch.int32)
@@ -91,7 +91,7 @@ def head_backward(
 @head_backward.register_fake
 def _(
     dlogp, dentropy, hidden, weight, bias, target, rows, inv_temperature, scores, softcap, operand_dtype, needs
-):  # type: ignore[no-untyped-def] # fmt: skip
+):  # fmt: skip
     (n_hidden, width), n_vocab = hidden.shape, weight.shape[0]
     return (
         hidden.new_empty(n_hidden if needs[0] else 0, width),

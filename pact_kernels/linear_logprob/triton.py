@@ -12,7 +12,6 @@ import triton.language as tl
 
 from pact_kernels.primitives import NEGATIVE_INFINITY, NOT_A_NUMBER, dot_rows, tanh
 
-
 # Stands for -inf where a product with its exponential, 0, must not be NaN: e^LEAST is 0 in float32.
 LEAST = tl.constexpr(-200.0)
 SMALLEST = tl.constexpr(1.2e-38)  # whose logarithm stands for that of an exponential that was rounded to 0
@@ -127,7 +126,8 @@ def head_forward_kernel(
 @triton.jit
 def head_combine_kernel(
     p_select, p_target, p_rows, p_scale, p_max, p_sum, p_zsum, p_target_z, p_logp, p_entropy, p_centre, p_log_total,
-    p_flag, n_select, n_hidden, n_vocab, n_splits, HAS_SCALE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_flag, n_select, n_hidden, n_vocab, n_splits,
+    HAS_SCALE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Join the splits in order. Centred on the row's maximum m: ``logp = z - m - log t``, ``H = log t - w / t``.
 
@@ -201,7 +201,6 @@ def head_dlogits_kernel(
     """
     i_n, i_v = tl.program_id(0), tl.program_id(1) * BLOCK_V
     o_i = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_i < n_select
     o_n = tl.load(p_select + tl.minimum(o_i, n_select - 1))
     o_hidden = hidden_offsets(p_rows, o_n, n_hidden, stride_hidden)
     b_scale = tl.full([BLOCK_N], 1.0, dtype=tl.float32)
@@ -230,7 +229,8 @@ def head_kept_dlogits_kernel(
     n_source, n_lines, n_vocab, stride_kept,
     HAS_SCALE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The same in place from kept exponentials (no softcap): ``p = e^(z-m') e^(m'-m) / t``. No matmul.
+    """The same in place from kept exponentials (no softcap): ``p = e^(z-m') e^(m'-m) / t``. No matmul. The target's p
+    comes from its float32 log-prob: what rounding left of the kept one would cancel in 1 - p.
 
     Line i takes its values from line ``p_source[i]`` (``launch.py`` says why no line is read after it was written);
     ``p_select`` maps lines to rows.

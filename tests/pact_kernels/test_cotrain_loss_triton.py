@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracles import DEVICE, assert_within
 from test_cotrain_loss import COEFFICIENTS, EPS, FULL, HEADS, make_head, make_terms, run_composed, run_op, to_double
+from test_linear_logprob import Scale
 from torch import Tensor
 
 from pact_kernels import cotrain_loss, linear_cotrain_loss, linear_logprob
@@ -39,21 +40,25 @@ def head_and_terms(n: int, dtype: torch.dtype, shape: dict) -> tuple[dict, Tenso
     return head, target.to(DEVICE), make_terms(logp.float(), target).to(DEVICE)
 
 
-def check_fused(head: dict, target: Tensor, terms: TokenTerms, options: dict) -> None:
-    """The error rule on the loss, every metric and every gradient."""
+def check_fused(head: dict, target: Tensor, terms: TokenTerms, options: dict, scale: Scale | None = None) -> None:
+    """The error rule on the loss, every metric and every gradient; ``scale`` as in ``Problem.check``."""
     dtype = head["hidden"].dtype
     wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in head.items()}
     got, gradients = run_op(lambda kw: triton_fused(terms=terms, entropy=True, **kw, **options), head, dtype)
     plain, plain_gradients = run_composed(head, target, terms, dtype, True, **options)
     exact, exact_gradients = run_composed(wide, target, to_double(terms), torch.float64, True, **options)
-    assert_within("loss", got.loss, plain.loss, exact.loss.detach(), 4 * EPS)
+    rounding = 4 * EPS * (scale.logit if scale else 1.0)
+    assert_within("loss", got.loss, plain.loss, exact.loss.detach(), rounding)
     for name, value in got.metrics.items():
-        rounding = 4 * EPS * max(1.0, exact.metrics[name].abs().max().item())
-        assert_within(name, value, plain.metrics[name], exact.metrics[name], rounding)
+        expected = exact.metrics[name]
+        assert_within(name, value, plain.metrics[name], expected, rounding * max(1.0, expected.abs().max().item()))
     for name, gradient in gradients.items():
         assert gradient.dtype == dtype
-        rounding = torch.finfo(dtype).eps * exact_gradients[name].abs().max().item()
-        assert_within(f"d{name}", gradient, plain_gradients[name], exact_gradients[name], rounding)
+        expected = exact_gradients[name]
+        rounding = torch.finfo(dtype).eps * expected.abs().max().item()
+        if scale:
+            rounding = scale.rounding(f"d{name}", dtype)
+        assert_within(f"d{name}", gradient, plain_gradients[name], expected, rounding)
 
 
 @pytest.mark.parametrize("options", COEFFICIENTS, ids=str)
@@ -129,7 +134,7 @@ def test_rows_without_gradient_are_dropped_before_the_matmuls(monkeypatch: pytes
 
 
 def test_all_rows_clipped_or_without_weight() -> None:
-    head, target, terms = head_and_terms(40, torch.float32, {})
+    head, _, terms = head_and_terms(40, torch.float32, {})
     hidden, weight = head["hidden"].requires_grad_(), head["weight"].requires_grad_()
     kind = torch.full_like(terms.kind, RL)
     clipped = replace(terms, kind=kind, old_logp=terms.old_logp - 9, advantage=terms.advantage.abs())
@@ -139,7 +144,7 @@ def test_all_rows_clipped_or_without_weight() -> None:
 
 
 def test_zero_weight_selects_away_what_is_not_finite() -> None:
-    head, target, terms = head_and_terms(40, torch.float32, {})
+    head, _, terms = head_and_terms(40, torch.float32, {})
     weight = terms.weight.clone()
     weight[::2] = 0.0
     clean = replace(terms, weight=weight)
@@ -156,7 +161,9 @@ def test_no_rows_and_no_gradient() -> None:
     head, _, _ = head_and_terms(4, torch.float32, {})
     none = torch.zeros(0, dtype=torch.int64)
     weight = head["weight"].requires_grad_()
-    result = triton_fused(head["hidden"], weight, make_terms(torch.zeros(0), none).to(DEVICE), rows=none.to(DEVICE), **FULL)
+    result = triton_fused(
+        head["hidden"], weight, make_terms(torch.zeros(0), none).to(DEVICE), rows=none.to(DEVICE), **FULL
+    )
     result.loss.backward()
     assert result.loss.item() == 0.0
     assert bool((weight.grad == 0).all())
@@ -183,7 +190,9 @@ def test_operator_registration() -> None:
     torch.library.opcheck(ops.cotrain_loss_op, (logp, entropy, *columns, coefficients))
     arguments = (hidden, weight, bias, target, head["rows"], None, 0.0, torch.float32, True, *columns, coefficients)
     torch.library.opcheck(ops.linear_cotrain_loss_op, (*arguments, [True, True, True]))
-    torch.library.opcheck(ops.linear_cotrain_loss_op, (hidden.detach(), weight, bias.detach(), *arguments[3:], [False, True, False]))
+    torch.library.opcheck(
+        ops.linear_cotrain_loss_op, (hidden.detach(), weight, bias.detach(), *arguments[3:], [False, True, False])
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -270,5 +279,12 @@ def test_kinds_are_told_apart() -> None:
     logp = torch.tensor([-1.0, -2.0], device=DEVICE)
     nan = torch.full((2,), torch.nan, device=DEVICE)
     one = torch.ones(2, device=DEVICE)
-    terms = TokenTerms(torch.zeros(2, dtype=torch.int64, device=DEVICE), nan, nan, one, torch.full((2,), SFT, device=DEVICE), ref_logp=nan)
+    terms = TokenTerms(
+        torch.zeros(2, dtype=torch.int64, device=DEVICE),
+        nan,
+        nan,
+        one,
+        torch.full((2,), SFT, device=DEVICE),
+        ref_logp=nan,
+    )
     assert triton_loss(logp, terms, kl_coef=0.1).loss.item() == 3.0

@@ -40,7 +40,7 @@ class Problem:
         cls, n: int = 507, width: int = 123, vocab: int = 1000, dtype=torch.float32, spread: float = 1.0, **options
     ) -> Problem:
         """``spread`` is roughly the standard deviation of the logits."""
-        g = torch.Generator().manual_seed(n + vocab)
+        g = torch.Generator().manual_seed(n + vocab + options.get("seed", 0))
         r = options.get("r", n)
         hidden = torch.randn(r, width, generator=g)
         weight = torch.randn(vocab, width, generator=g) * spread / width**0.5
@@ -89,22 +89,66 @@ class Problem:
         gradients = torch.autograd.grad(total, list(leaves.values()))
         return results | {f"d{name}": gradient for name, gradient in zip(leaves, gradients)}
 
-    def check(self, op=linear_logprob) -> None:
-        """The error rule, outputs and all gradients of ``op``."""
+    def exact_logp(self) -> Tensor:
+        """Log-probs in float64."""
+        wide = {name: getattr(self, name) for name in ("hidden", "weight", "bias")}
+        wide = {name: None if value is None else value.double() for name, value in wide.items()}
+        options = {"rows": self.rows, "temperature": self.temperature, "softcap": self.softcap}
+        return linear_logprob_reference(wide.pop("hidden"), wide.pop("weight"), self.target, **wide, **options).logp
+
+    def check(self, op=linear_logprob, scale: Scale | None = None) -> None:
+        """The error rule, outputs and all gradients of ``op``; ``scale``: of what was rounded, where it cancels."""
         got = self.run(op)
         exact = self.run(linear_logprob_reference, torch.float64)
         plain = self.run(linear_logprob_reference, torch.float32)
         same = self.run(linear_logprob_reference)
         for name, value in got.items():
+            largest = exact[name].abs().max().item() if exact[name].numel() else 0.0
             if name in ("logp", "entropy"):
                 assert value.dtype == torch.float32
-                scale = max(1.0, exact[name].abs().max().item()) if value.numel() else 1.0
-                assert_within(name, value, plain[name], exact[name], 4 * EPS * scale)
+                assert_within(
+                    name, value, plain[name], exact[name], 4 * EPS * max(scale.logit if scale else 1.0, largest)
+                )
             else:
                 assert value.dtype == self.hidden.dtype
-                largest = exact[name].abs().max().item() if exact[name].numel() else 0.0
-                rounding = torch.finfo(value.dtype).eps * largest
+                rounding = scale.rounding(name, value.dtype) if scale else torch.finfo(value.dtype).eps * largest
                 assert_within(name, value, same[name], exact[name], rounding)
+
+    def scale(self) -> Scale:
+        """How large the numbers are that the results are sums and differences of."""
+        hidden, weight = self.hidden.double(), self.weight.double()
+        rows = torch.arange(len(self.target), device=hidden.device) if self.rows is None else self.rows
+        u_NV = hidden[rows] @ weight.T
+        if self.bias is not None:
+            u_NV = u_NV + self.bias.double()
+        inv_temperature = 1 / torch.as_tensor(self.temperature, device=hidden.device).double().reshape(-1, 1)
+        slope = inv_temperature * (1.0 if self.softcap is None else 1 - (u_NV / self.softcap).tanh() ** 2)
+        z_NV = (u_NV if self.softcap is None else self.softcap * (u_NV / self.softcap).tanh()) * inv_temperature
+        logp_NV = z_NV.log_softmax(1)
+        p_NV = logp_NV.exp()
+        onehot_NV = torch.nn.functional.one_hot(self.target, weight.shape[0])
+        du_NV = self.c.double().abs()[:, None] * (onehot_NV + p_NV)
+        if self.e is not None:
+            surprise_NV = p_NV * logp_NV.abs()
+            du_NV = du_NV + self.e.double().abs()[:, None] * (surprise_NV + p_NV * surprise_NV.sum(1, keepdim=True))
+        du_NV = du_NV * slope
+        dhidden_RH = torch.zeros_like(hidden).index_add_(0, rows, du_NV @ weight.abs())
+        logit = max(1.0, (u_NV.abs() * inv_temperature).max().item())
+        sums = {"dhidden": dhidden_RH, "dweight": du_NV.T @ hidden[rows].abs(), "dbias": du_NV.sum(0)}
+        return Scale(logit, {name: value.max().item() for name, value in sums.items()})
+
+
+@dataclass
+class Scale:
+    """The largest logit, and the largest sum of absolute values behind an element of each gradient."""
+
+    logit: float
+    sums: dict[str, float]
+
+    def rounding(self, name: str, dtype: torch.dtype) -> float:
+        """What rounding may do to a gradient: of its terms and of itself to ``dtype`` (Triton's interpreter truncates
+        to bf16, a whole eps each time), and of the logits to float32."""
+        return (2 * torch.finfo(dtype).eps + EPS * self.logit) * self.sums[name]
 
 
 ALL_OPTIONS = {"bias": True, "temperature": True, "softcap": 2.0, "entropy": True, "r": 60}
