@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup train test lint bench gpu
+.PHONY: setup train test sweep lint bench gpu
 setup: $(READY)
 	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the ftrl environment needs it (Debian: apt-get install bubblewrap)"
 
@@ -21,15 +21,21 @@ train: setup
 test: setup
 	$(PYTHON) -m pytest
 
+# 10,000 random cases of the head kernels; about an hour on one core without a GPU.
+sweep: setup
+	$(PYTHON) tests/pact_kernels/head_sweep.py --cases 10000
+
 lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
 bench: setup
-	$(PYTHON) -m pytest benchmarks/prefix_tree.py --benchmark-only
+	$(PYTHON) -m pytest benchmarks/prefix_tree.py benchmarks/head.py --benchmark-only
+	$(PYTHON) benchmarks/head.py
 	$(PYTHON) benchmarks/one_pass.py --shape cpu
 
-# Needs torch, pytest and transformers alone; the shared conftest (hypothesis) stays out.
+# Needs torch, triton and pytest alone. Every kernel for correctness, then the benchmarks.
 gpu: setup
-	$(PYTHON) -m pytest tests/gpu --confcutdir tests/gpu
+	$(PYTHON) -m pytest tests/gpu tests/pact_kernels/test_linear_logprob_triton.py tests/pact_kernels/test_cotrain_loss_triton.py
+	$(PYTHON) benchmarks/head.py

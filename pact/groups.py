@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pact.schedules import REASONING_ANNEALS
 from pact.trace import Component, TokenizedTrace
+from pact_kernels.backend import NAMES
 
 PROMPT, TRACE = "prompt", "trace"  # the two branches: contexts under which a rollout is scored
 
@@ -20,6 +21,7 @@ _CHOICES = {
     "reasoning_anneal": REASONING_ANNEALS,
     "ratio_reference": ("trace", "behavior"),
     "loss_norm": ("token", "sequence", "constant"),
+    "head_backend": ("auto", *NAMES["linear_cotrain_loss"]),
 }
 
 
@@ -51,6 +53,7 @@ class PactConfig:
         one_pass: False computes every sequence on its own (dense), for comparison: same loss, same gradient.
         context_length: most tokens of a sequence (the model's ``max_position_embeddings``). A prompt whose
             trace-conditioned sequence is longer takes the prompt-only branch; any other longer sequence is an error.
+        head_backend: backend of the LM-head losses and log-probs: "auto", "triton" or "torch".
 
     Raises:
         ValueError: naming the field that cannot be.
@@ -73,6 +76,7 @@ class PactConfig:
     one_pass: bool = True
     norm_length: float = 1024.0
     context_length: int | None = None
+    head_backend: str = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -158,6 +158,7 @@ class PactObjective:
             kl_coef=config.kl_coef,
             entropy_coef=config.entropy_coef if batch.entropy else 0.0,  # no RL row, no entropy term
             **head.options(config.temperature),
+            backend=config.head_backend,
         )
         absent = {"kl": batch.terms.ref_logp is None, "entropy": not batch.entropy}
         metrics = {name: value for name, value in result.metrics.items() if not absent.get(name, False)}
@@ -309,6 +310,7 @@ class PactObjective:
                 plan.target.to(hidden.device),
                 rows=plan.rows.to(hidden.device),
                 **head.options(self.config.temperature),
+                backend=self.config.head_backend,
             ).logp
             for (g, p), values in zip(plan.members, plan.per_path(logp)):
                 yield g, p, values

@@ -81,10 +81,14 @@ def builds(target: str) -> Iterator[Build]:
         for config, flags in (
             ("plain", none | {"EVEN_H": True}),
             ("entropy", none | {"ENTROPY": True, "EVEN_H": True}),
+            ("softcap", none | {"HAS_SOFTCAP": True, "EVEN_H": True}),
+            ("softcap_entropy", none | {"HAS_SOFTCAP": True, "ENTROPY": True, "EVEN_H": True}),
             ("all", options | {"EVEN_H": False}),
         ):
             yield _head(head.head_forward_kernel, operand, tile, flags | {"KEEP": False}, config)
-            yield _head(head.head_dlogits_kernel, operand, tile, flags, config)
+            yield _head(head.head_dlogits_kernel, operand, tile.backward(flags["HAS_SOFTCAP"]), flags, config)
+            if config.startswith("softcap"):
+                continue  # never kept
             kept = flags | {"HAS_SOFTCAP": False, "KEEP": True}
             yield _head(head.head_forward_kernel, operand, tile, kept, f"keep_{config}")
             yield _kept(operand, tile, flags, config)

@@ -14,17 +14,21 @@ NOT_A_NUMBER = tl.constexpr(float("nan"))
 
 @triton.jit
 def tanh(b_x):
-    """Odd in x by construction. ``1 - 2 / (e^2|x| + 1)`` cancels near 0, where the polynomial of Cephes' tanhf (2 ulp)
-    takes over."""
-    b_abs = tl.abs(b_x)
+    """tanh x and its slope ``1 - tanh^2``, from ``q = e^-2|x|``: ``(1 - q) / (1 + q)`` and ``4 q / (1 + q)^2``.
+
+    The slope cancels nowhere; tanh does near 0, where the polynomial of Cephes' tanhf (2 ulp) takes over.
+    """
+    b_q = tl.exp(-2.0 * tl.abs(b_x))
+    b_inverse = 1.0 / (1.0 + b_q)
+    b_far = (1.0 - b_q) * b_inverse
     b_square = b_x * b_x
     b_poly = -5.70498872745e-3 * b_square + 2.06390887954e-2
     b_poly = b_poly * b_square - 5.37397155531e-2
     b_poly = b_poly * b_square + 1.33314422036e-1
     b_poly = b_poly * b_square - 3.33332819422e-1
     b_near = b_x + b_x * b_square * b_poly
-    b_far = 1.0 - 2.0 / (tl.exp(2.0 * b_abs) + 1.0)
-    return tl.where(b_abs < 0.625, b_near, tl.where(b_x < 0, -b_far, b_far))
+    b_tanh = tl.where(tl.abs(b_x) < 0.625, b_near, tl.where(b_x < 0, -b_far, b_far))
+    return b_tanh, 4.0 * b_q * b_inverse * b_inverse
 
 
 @triton.jit

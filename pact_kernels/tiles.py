@@ -6,7 +6,7 @@ a GPU yet: they are the largest that do not spill.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,10 @@ class HeadTile:
     block_h: int
     num_warps: int
     num_stages: int
+
+    def backward(self, softcap: bool) -> HeadTile:
+        """The tile of recomputed gradients: softcap holds one number a logit more, so half the rows."""
+        return replace(self, block_n=self.block_n // 2) if softcap else self
 
     @property
     def name(self) -> str:

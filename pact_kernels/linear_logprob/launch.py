@@ -85,19 +85,19 @@ class TritonHead:
         line = self.n_vocab * self.hidden_RH.dtype.itemsize
         return max(1, BUDGET.dlogits // line // self.tile.block_n) * self.tile.block_n
 
-    def meta(self) -> dict[str, int | bool]:
-        """The compile-time settings that the matmul kernels share."""
+    def meta(self, tile: HeadTile) -> dict[str, int | bool]:
+        """The compile-time settings of a matmul kernel."""
         return {
             "HAS_BIAS": self.bias_V is not None,
             "HAS_SOFTCAP": self.softcap > 0,
             "HAS_SCALE": self.inv_temperature_N is not None,
-            "BLOCK_N": self.tile.block_n,
-            "BLOCK_V": self.tile.block_v,
-            "BLOCK_H": self.tile.block_h,
-            "EVEN_H": self.hidden_RH.shape[1] % self.tile.block_h == 0,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_V": tile.block_v,
+            "BLOCK_H": tile.block_h,
+            "EVEN_H": self.hidden_RH.shape[1] % tile.block_h == 0,
             "UPCAST": INTERPRETED,
-            "num_warps": self.tile.num_warps,
-            "num_stages": self.tile.num_stages,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
         }
 
 
@@ -158,7 +158,7 @@ def score(head: TritonHead, select: Tensor, scores: Scores, kept: Kept | None = 
         maximum, total, ztotal, target_z, kept_exp, kept_max,
         n, n_hidden, head.n_vocab, width, per_split, head.hidden_RH.stride(0), head.weight_VH.stride(0),
         kept_exp.stride(0) if kept_exp is not None else 0, head.softcap,
-        ENTROPY=entropy, KEEP=kept is not None, **head.meta(),
+        ENTROPY=entropy, KEEP=kept is not None, **head.meta(head.tile),
     )  # fmt: skip
     head_combine_kernel[(triton.cdiv(n, COMBINE_ROWS),)](
         select, head.target_N, head.rows_N, head.inv_temperature_N, maximum, total, ztotal, target_z,
@@ -169,14 +169,14 @@ def score(head: TritonHead, select: Tensor, scores: Scores, kept: Kept | None = 
 
 def logit_gradient(head: TritonHead, select: Tensor, scores: Scores, dlogp: Tensor, dentropy: Tensor | None) -> Tensor:
     """dL/du [n, V] of the rows ``select``, logits computed anew; in the operands' dtype."""
-    n, (n_hidden, width) = select.numel(), head.hidden_RH.shape
+    n, (n_hidden, width), tile = select.numel(), head.hidden_RH.shape, head.tile.backward(head.softcap > 0)
     out = tile_buffer(head, n)
-    grid = (triton.cdiv(n, head.tile.block_n), triton.cdiv(head.n_vocab, head.tile.block_v))
+    grid = (triton.cdiv(n, tile.block_n), triton.cdiv(head.n_vocab, tile.block_v))
     head_dlogits_kernel[grid](
         head.hidden_RH, head.weight_VH, head.bias_V, head.target_N, head.rows_N, head.inv_temperature_N, select,
         scores.centre, scores.log_total, scores.entropy, dlogp, dentropy, out,
         n, n_hidden, head.n_vocab, width, head.hidden_RH.stride(0), head.weight_VH.stride(0), out.stride(0),
-        head.softcap, ENTROPY=dentropy is not None, **head.meta(),
+        head.softcap, ENTROPY=dentropy is not None, **head.meta(tile),
     )  # fmt: skip
     return out[:n, : head.n_vocab]
 

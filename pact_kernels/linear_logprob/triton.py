@@ -37,7 +37,7 @@ def scored_tile(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr, EVEN_H: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``z = softcap tanh(u / softcap) / T`` of columns i_v .. i_v + BLOCK_V - 1, and the tanh; z is -inf past the end.
+    """``z = softcap tanh(u / softcap) / T`` of columns i_v .. i_v + BLOCK_V - 1 and dz/du; z is -inf past the end.
 
     Columns past the end read the last one, so that no load needs a mask. Offsets within the tile are 32-bit.
     """
@@ -47,11 +47,12 @@ def scored_tile(
     o_v = i_v + tl.arange(0, BLOCK_V)
     if HAS_BIAS:
         b_u += tl.load(p_bias + o_v, mask=o_v < end_v, other=0.0).to(tl.float32)[None, :]
-    b_tanh = b_u
+    b_slope = b_scale[:, None]
     if HAS_SOFTCAP:
-        b_tanh = tanh(b_u / softcap)
+        b_tanh, b_slope = tanh(b_u / softcap)
+        b_slope = b_slope * b_scale[:, None]
         b_u = b_tanh * softcap
-    return tl.where((o_v < end_v)[None, :], b_u * b_scale[:, None], NEGATIVE_INFINITY), b_tanh
+    return tl.where((o_v < end_v)[None, :], b_u * b_scale[:, None], NEGATIVE_INFINITY), b_slope
 
 
 @triton.jit
@@ -206,13 +207,10 @@ def head_dlogits_kernel(
     b_scale = tl.full([BLOCK_N], 1.0, dtype=tl.float32)
     if HAS_SCALE:
         b_scale = tl.load(p_scale + o_n)
-    b_z, b_tanh = scored_tile(
+    b_z, b_slope = scored_tile(
         p_hidden, o_hidden, b_scale, p_weight, p_bias, i_v, n_vocab, n_width, stride_weight, softcap,
         HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, UPCAST,
     )  # fmt: skip
-    b_slope = b_scale[:, None]
-    if HAS_SOFTCAP:
-        b_slope = b_slope * (1.0 - b_tanh * b_tanh)
     b_z = tl.maximum(b_z - tl.load(p_centre + o_n)[:, None], LEAST, propagate_nan=tl.PropagateNan.ALL)
     b_logp = b_z - tl.load(p_log_total + o_n)[:, None]
     o_v = i_v + tl.arange(0, BLOCK_V)

@@ -15,6 +15,7 @@ from tiny import VOCAB, make_config, make_group, make_groups, make_model, refere
 from pact.groups import branch_weights
 from pact.objective import Denominators, Group, PactConfig, PactObjective, Rollout, add_metrics, flatten_metrics
 from pact.trace import Component, TokenizedTrace
+from pact_kernels import linear_logprob
 from pact_kernels.terms import PROMPT_BRANCH, RL, SFT, TRACE_BRANCH
 
 # The norms of transformers compute in float32 even in a float64 model, hence not tighter.
@@ -94,6 +95,12 @@ def test_equals_the_oracle(models, case):
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 def test_equals_the_oracle_in_float32(models, architecture, case):
     compare(models, architecture, torch.float32, *CASES[case])
+
+
+@pytest.mark.parametrize("case", ["paper", "mixture, behavior", "on-policy"])
+def test_equals_the_oracle_with_the_triton_head(models, case):
+    config, progress, old = CASES[case]
+    compare(models, "llama", torch.float32, replace(config, head_backend="triton"), progress, old)
 
 
 @pytest.mark.parametrize("case", ["paper", "mixture"])
@@ -278,6 +285,19 @@ def test_attach_fills_what_build_reads(models, config, expected):
     objective.attach_logprobs(model, groups, "old_logp")
     for seed in range(4):
         objective.build(groups, 0.5, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("head_backend", ["torch", "triton"])
+def test_attached_logprobs_take_the_chosen_head(models, head_backend, monkeypatch):
+    model, _ = models["qwen3", torch.float32]
+    seen = []
+    monkeypatch.setattr(
+        "pact.objective.linear_logprob", lambda *a, **k: seen.append(k["backend"]) or linear_logprob(*a, **k)
+    )
+    groups = make_groups()
+    PactObjective(make_config(head_backend=head_backend)).attach_logprobs(model, groups, "old_logp")
+    assert seen
+    assert set(seen) == {head_backend}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
