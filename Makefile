@@ -21,7 +21,7 @@ train: setup
 test: setup
 	$(PYTHON) -m pytest
 
-# 10,000 random cases of the head kernels; about an hour on one core without a GPU.
+# 10,000 random cases of the head kernels; most of an hour on two cores without a GPU.
 sweep: setup
 	$(PYTHON) tests/pact_kernels/head_sweep.py --cases 10000
 

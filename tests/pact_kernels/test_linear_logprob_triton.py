@@ -26,7 +26,7 @@ def make(*args, **options) -> Problem:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one tile of rows and splits of a few tiles of columns, with ragged ends."""
     monkeypatch.setattr(launch, "BUDGET", launch.ChunkBudget(dlogits=1))
-    monkeypatch.setattr(launch, "SPLIT_COLUMNS", 64)
+    monkeypatch.setattr(launch, "SPLIT_COLUMNS", 128)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
