@@ -306,7 +306,7 @@ def test_recorded_logprobs_are_those_of_the_recorded_ids(tokenizer):
     env = Arithmetic(questions=3)
     model = tiny_policy(tokenizer)
     with torch.no_grad():  # turns end soon, so that there are several
-        model.lm_head.weight[end_of_turn_id(tokenizer)] *= 10.0
+        model.lm_head.weight[end_of_turn_id(tokenizer)] *= 20.0
     engine = TransformersEngine(model)
     limits = RolloutLimits(max_turns=4, max_turn_tokens=60)
     groups = run_rollouts(env, env.tasks("test")[:2], engine, tokenizer, n=4, limits=limits, sampling=Sampling(0.9))
