@@ -202,7 +202,7 @@ def _add_chunk(
     entropy = scores.entropy if scores.entropy.numel() else None
     dlogp, dentropy = _derivatives(chunk, scores.logp, entropy, columns, coefficients)
     live = live_rows(dlogp[chunk], None if dentropy is None else dentropy[chunk])
-    *flag, n_live = torch.cat([scores.flag, live.sum(dtype=torch.int32)[None]]).tolist()  # one synchronisation
+    *flag, n_live = torch.cat([scores.flag, live.sum(dtype=torch.int32)[None]]).tolist()  # one read for both
     raise_flag(flag, head.n_vocab, head.hidden_RH.shape[0])
     if n_live == 0:
         return
