@@ -35,7 +35,7 @@ bench: setup
 	$(PYTHON) benchmarks/head.py
 	$(PYTHON) benchmarks/one_pass.py --shape cpu
 
-# Needs torch, triton and pytest alone. Every kernel for correctness, then the benchmarks.
+# Needs torch, triton and pytest alone, this package not installed. Every kernel for correctness, then the benchmarks.
 gpu: setup
 	$(PYTHON) -m pytest tests/gpu tests/pact_kernels/test_linear_logprob_triton.py tests/pact_kernels/test_cotrain_loss_triton.py
-	$(PYTHON) benchmarks/head.py
+	PYTHONPATH=. $(PYTHON) benchmarks/head.py

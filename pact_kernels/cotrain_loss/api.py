@@ -145,7 +145,7 @@ def _run_fused_triton(
 
     softcap = head.softcap or 0.0
     if head.operand_dtype == torch.float16:
-        logp, entropies, *_ = head_forward(*head.operands, softcap, head.operand_dtype, entropy)
+        logp, entropies, *_ = head_forward(*head.operands, softcap, head.operand_dtype, entropy, True)
         result = cotrain_loss_op(logp, entropies if entropy else None, *_columns(terms), _coefficients(options))
     else:
         result = linear_cotrain_loss_op(
@@ -179,7 +179,12 @@ def _check_options(options: LossOptions, terms: TokenTerms) -> None:
     for name, value in (("kl_coef", options.kl_coef), ("entropy_coef", options.entropy_coef)):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
-    if options.kl_coef != 0 and terms.ref_logp is None and bool((terms.kind == RL).any()):
+    # Inside a torch.compile region kinds cannot be looked at.
+    if (
+        options.kl_coef != 0
+        and terms.ref_logp is None
+        and (torch.compiler.is_compiling() or bool((terms.kind == RL).any()))
+    ):
         raise ValueError("kl_coef is not 0 but RL rows have no ref_logp; fill TokenTerms.ref_logp or set kl_coef=0")
 
 

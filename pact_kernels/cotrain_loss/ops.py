@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pact_kernels.cotrain_loss.triton import cotrain_rows_kernel
 from pact_kernels.linear_logprob.launch import (
+    SYNCHRONISES,
     Gradients,
     Kept,
     Scores,
@@ -22,7 +23,9 @@ from pact_kernels.linear_logprob.launch import (
     kept_logit_gradient,
     live_rows,
     logit_gradient,
+    plain_context,
     raise_flag,
+    scaled,
     score,
 )
 from pact_kernels.terms import METRICS, N_BRANCHES, N_COMPONENTS, N_KINDS, RL
@@ -108,9 +111,10 @@ def cotrain_loss_op(
     columns = _columns(old_logp, advantage, weight, kind, component, branch, ref_logp)
     logp = logp.contiguous()
     entropy = None if entropy is None else entropy.contiguous()
-    rows = torch.arange(logp.numel(), device=logp.device)
-    dlogp, dentropy = _derivatives(rows, logp, entropy, columns, coefficients)
-    loss, metrics = _sums(logp, entropy, columns, coefficients)
+    with plain_context(logp):
+        rows = torch.arange(logp.numel(), device=logp.device)
+        dlogp, dentropy = _derivatives(rows, logp, entropy, columns, coefficients)
+        loss, metrics = _sums(logp, entropy, columns, coefficients)
     return loss, metrics, dlogp, logp.new_empty(0) if dentropy is None else dentropy
 
 
@@ -133,13 +137,14 @@ def _backward_loss(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...
         dentropy = None
     elif dentropy.shape != dlogp.shape:
         dentropy = torch.zeros_like(dlogp)
-    return dlogp * dloss, None if dentropy is None else dentropy * dloss, *(None,) * 8
+    found = (None if value is None else scaled(value, dloss, value.dtype) for value in (dlogp, dentropy))
+    return *found, *(None,) * 8
 
 
 cotrain_loss_op.register_autograd(_backward_loss, setup_context=_setup_loss)
 
 
-@torch.library.custom_op("pact_kernels::linear_cotrain_loss", mutates_args=())
+@torch.library.custom_op("pact_kernels::linear_cotrain_loss", mutates_args=(), tags=SYNCHRONISES)
 def linear_cotrain_loss_op(
     hidden: Tensor,
     weight: Tensor,
@@ -164,18 +169,19 @@ def linear_cotrain_loss_op(
 
     Raises ValueError where a target, a row index or a temperature is out of range.
     """
-    head = TritonHead.of(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype)
     columns = _columns(old_logp, advantage, row_weight, kind, component, branch, ref_logp)
     scores = Scores.empty(target.numel(), entropy, hidden.device)
-    candidates = _may_have_gradient(columns, coefficients) if any(needs) else torch.zeros_like(kind, dtype=torch.bool)
-    score(head, (~candidates).nonzero()[:, 0], scores)
-    candidates = candidates.nonzero()[:, 0]
-    gradients, step = Gradients(head, needs, candidates.numel()), head.chunk_rows()
-    for begin in range(0, candidates.numel(), step):
-        _add_chunk(head, candidates[begin : begin + step], scores, columns, coefficients, gradients)
-    raise_flag(scores.flag.tolist(), head.n_vocab, hidden.shape[0])
-    loss, metrics = _sums(scores.logp, scores.entropy if entropy else None, columns, coefficients)
-    dhidden, dweight, dbias = gradients.hidden_RH(torch.float32), gradients.weight_VH, gradients.bias_V
+    with plain_context(hidden):
+        head = TritonHead.of(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype)
+        moves = _may_have_gradient(columns, coefficients) if any(needs) else torch.zeros_like(kind, dtype=torch.bool)
+        score(head, (~moves).nonzero()[:, 0], scores)
+        candidates = moves.nonzero()[:, 0]
+        gradients, step = Gradients(head, needs, candidates.numel()), head.chunk_rows()
+        for begin in range(0, candidates.numel(), step):
+            _add_chunk(head, candidates[begin : begin + step], scores, columns, coefficients, gradients)
+        raise_flag(scores.flag.tolist(), head.n_vocab, hidden.shape[0])
+        loss, metrics = _sums(scores.logp, scores.entropy if entropy else None, columns, coefficients)
+        dhidden, dweight, dbias = gradients.hidden_RH(torch.float32), gradients.weight_VH, gradients.bias_V
     return (
         loss,
         metrics,
@@ -237,11 +243,11 @@ def _setup_fused(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _backward_fused(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    scaled = (
-        torch.mul(gradient, dloss, out=torch.empty_like(gradient, dtype=dtype)) if need else None
+    found = (
+        scaled(gradient, dloss, dtype) if need else None
         for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)
     )
-    return *scaled, *(None,) * 15
+    return *found, *(None,) * 15
 
 
 linear_cotrain_loss_op.register_autograd(_backward_fused, setup_context=_setup_fused)

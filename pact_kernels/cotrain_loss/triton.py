@@ -8,7 +8,7 @@ import triton.language as tl
 from pact_kernels.primitives import exp_minus_line
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_select"])
 def cotrain_rows_kernel(
     p_select, p_logp, p_entropy, p_old, p_advantage, p_weight, p_kind, p_component, p_branch, p_ref,
     p_dlogp, p_dentropy, p_sums, n_select, clip_low, clip_high, kl_coef, entropy_coef,
@@ -47,7 +47,8 @@ def cotrain_rows_kernel(
         b_kl = tl.where(m_rl, exp_minus_line(b_d), 0.0)
         if kl_coef != 0:
             b_loss += kl_coef * b_kl
-            b_dlogp -= tl.where(m_rl, kl_coef * (b_d + b_kl), 0.0)
+            b_slope = tl.where(tl.abs(b_d) < 0.5, b_d + b_kl, tl.exp(b_d) - 1.0)  # e^d - 1
+            b_dlogp -= tl.where(m_rl, kl_coef * b_slope, 0.0)
     m_live = b_weight != 0
     b_entropy = tl.zeros_like(b_logp)
     b_dentropy = tl.zeros_like(b_logp)

@@ -11,6 +11,7 @@ from pact_kernels.backend import require_triton, resolve_backend
 from pact_kernels.linear_logprob.chunked import Head, LinearLogProb
 from pact_kernels.terms import LogProbs
 
+_OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 BUILT = ("torch", "triton")  # auto is torch until the kernels have been measured on a GPU
 
 
@@ -69,7 +70,7 @@ def _run_triton(head: Head, entropy: bool) -> LogProbs:
     """The custom operators; imported here, so that the package does not need Triton."""
     from pact_kernels.linear_logprob.ops import head_forward
 
-    logp_N, entropy_N, *_ = head_forward(*head.operands, head.softcap or 0.0, head.operand_dtype, entropy)
+    logp_N, entropy_N, *_ = head_forward(*head.operands, head.softcap or 0.0, head.operand_dtype, entropy, False)
     return LogProbs(logp_N, entropy_N if entropy else None)
 
 
@@ -89,6 +90,9 @@ def check_head(
     of range. The Triton kernels look at them themselves, and compute in float32 only.
     """
     operand_dtype = _check_operands(hidden, weight, bias)
+    for name, index in (("target", target), ("rows", rows)):
+        if not isinstance(index, Tensor) and not (name == "rows" and index is None):
+            raise TypeError(f"{name} must be a tensor of integers, got {type(index).__name__}")
     if not scan and operand_dtype == torch.float64:
         raise TypeError("the triton backend computes in float32: use backend='torch' for float64 inputs")
     if rows is None and target.shape != hidden.shape[:1]:
@@ -104,6 +108,8 @@ def check_head(
     if scan:
         _check_range("target", target, weight.shape[0], "the vocabulary")
         _check_range("rows", rows, hidden.shape[0], "the rows of hidden")
+    if target.numel() and not (hidden.shape[0] and weight.shape[0]):
+        raise ValueError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}: targets need rows in both")
     inv_temperature = _inverse_temperature(temperature, target, operand_dtype, scan)
     return Head(hidden, weight, bias, target.long(), rows.long(), inv_temperature, softcap, operand_dtype)
 
@@ -125,8 +131,8 @@ def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torc
                 "that FSDP2 wraps, where its parameters are gathered, or pass "
                 f"{name}.full_tensor(grad_placements=[Partial()]) yourself"
             )
-        if not operand.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {operand.dtype}")
+        if operand.dtype not in _OPERAND_DTYPES:
+            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {operand.dtype}")
         if operand.device != hidden.device:
             raise ValueError(f"{name} is on {operand.device} but hidden is on {hidden.device}")
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
@@ -160,7 +166,7 @@ def _inverse_temperature(
     """1 / temperature as [N] in the accumulation dtype, or None for the number 1."""
     dtype = torch.float64 if operand_dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
-        if not (temperature > 0 and math.isfinite(temperature)):
+        if not (temperature > 1e-38 and math.isfinite(temperature)):  # its inverse is a float32
             raise ValueError(f"temperature must be positive, got {temperature}")
         if temperature == 1:
             return None

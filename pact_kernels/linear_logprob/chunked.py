@@ -100,6 +100,8 @@ class Head:
             z_pV[:n].mul_(self.inv_temperature_N[rows, None])
         z_pV.sub_(z_pV.amax(dim=1, keepdim=True))
         target_z_n = z_pV[:n].gather(1, self.target_N[rows, None])[:, 0]
+        if entropy and self.bias_V is not None:
+            z_pV.clamp_(min=-200)  # a bias of -inf masks its column: 0 * -inf would be NaN, and e^-200 is 0 in float32
         exp_pV = torch.exp(z_pV) if entropy else z_pV.exp_()
         total_n = exp_pV.sum(dim=1)[:n]
         log_total_n = total_n.log()

@@ -5,6 +5,8 @@ It knows no autograd and no losses; the custom operators in ``ops.py`` (here and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -66,14 +68,13 @@ class TritonHead:
     ) -> TritonHead:
         """Round to ``dtype`` and look up the tile."""
         tile = HEAD_TILES[require_triton("linear_logprob", hidden.device)][dtype.itemsize]
-        if hidden.stride(-1) != 1:
-            hidden = hidden.contiguous()
-        if weight.stride(-1) != 1 or weight.stride(0) * tile.block_v >= 2**31:  # offsets within a tile are 32-bit
+        hidden, weight = _aligned(hidden.to(dtype)), _aligned(weight.to(dtype))
+        if weight.stride(0) * tile.block_v >= 2**31:  # offsets within a tile are 32-bit
             weight = weight.contiguous()
         bias = None if bias is None else bias.to(dtype).contiguous()
         inv_temperature = None if inv_temperature is None else inv_temperature.contiguous()
         rowwise = (target.contiguous(), rows.contiguous(), inv_temperature)
-        return cls(hidden.to(dtype), weight.to(dtype), bias, *rowwise, softcap, tile)
+        return cls(hidden, weight, bias, *rowwise, softcap, tile)
 
     @property
     def n_vocab(self) -> int:
@@ -99,6 +100,25 @@ class TritonHead:
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
         }
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """``value`` [n, H] with unit stride along H and rows that begin at multiples of 16 elements: a copy where H is odd.
+
+    The kernels are compiled for that alone: without it loads are narrow, and one of them spills on sm_90.
+    """
+    if value.stride(-1) == 1 and value.stride(0) % 16 == 0 and value.data_ptr() % 16 == 0:
+        return value
+    width = value.shape[1]
+    padded = value.new_zeros(value.shape[0], triton.cdiv(width, 16) * 16)[:, :width]
+    return padded.copy_(value)
+
+
+@contextmanager
+def plain_context(value: Tensor) -> Iterator[None]:
+    """On the device of ``value``, where Triton launches, and without autocast, which would round the matmuls."""
+    with torch.cuda.device_of(value), torch.autocast(value.device.type, enabled=False):
+        yield
 
 
 class Scores(NamedTuple):
@@ -150,18 +170,18 @@ def score(head: TritonHead, select: Tensor, scores: Scores, kept: Kept | None = 
     per_split = triton.cdiv(SPLIT_COLUMNS, head.tile.block_v) * head.tile.block_v
     splits = triton.cdiv(head.n_vocab, per_split)
     new = head.hidden_RH.new_empty
-    maximum, total, ztotal = new(3 if entropy else 2, splits, n, dtype=torch.float32)[[0, 1, -1]].unbind()
+    parts = new(3 if entropy else 2, splits, n, dtype=torch.float32)
     target_z = new(n, dtype=torch.float32)
     kept_exp, kept_max = kept if kept is not None else (None, None)
     head_forward_kernel[(triton.cdiv(n, head.tile.block_n), splits)](
         head.hidden_RH, head.weight_VH, head.bias_V, head.target_N, head.rows_N, head.inv_temperature_N, select,
-        maximum, total, ztotal, target_z, kept_exp, kept_max,
+        parts[0], parts[1], parts[-1], target_z, kept_exp, kept_max,
         n, n_hidden, head.n_vocab, width, per_split, head.hidden_RH.stride(0), head.weight_VH.stride(0),
         kept_exp.stride(0) if kept_exp is not None else 0, head.softcap,
         ENTROPY=entropy, KEEP=kept is not None, **head.meta(head.tile),
     )  # fmt: skip
     head_combine_kernel[(triton.cdiv(n, COMBINE_ROWS),)](
-        select, head.target_N, head.rows_N, head.inv_temperature_N, maximum, total, ztotal, target_z,
+        select, head.target_N, head.rows_N, head.inv_temperature_N, parts[0], parts[1], parts[-1], target_z,
         *scores, n, n_hidden, head.n_vocab, splits,
         HAS_SCALE=head.inv_temperature_N is not None, ENTROPY=entropy, BLOCK_N=COMBINE_ROWS,
     )  # fmt: skip
@@ -252,6 +272,21 @@ class Gradients:
 def live_rows(dlogp: Tensor, dentropy: Tensor | None) -> Tensor:
     """Whether c and e are not both exactly 0 (NaN counts as not 0)."""
     return dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+
+
+SYNCHRONISES = (torch.Tag.cudagraph_unsafe,)  # tag of operators that read something back
+
+
+@torch.library.custom_op("pact_kernels::scaled", mutates_args=())
+def scaled(gradient: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * dloss`` in ``dtype``. An operator without a derivative: the losses are differentiable once, and a
+    second derivative is an error."""
+    return torch.mul(gradient, dloss, out=torch.empty_like(gradient, dtype=dtype))
+
+
+@scaled.register_fake
+def _(gradient, dloss, dtype):
+    return torch.empty_like(gradient, dtype=dtype)
 
 
 def raise_flag(flag: list[int], n_vocab: int, n_hidden: int) -> None:

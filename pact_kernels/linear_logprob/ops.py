@@ -13,11 +13,13 @@ from torch import Tensor
 
 from pact_kernels.linear_logprob.launch import (
     FLAGS,
+    SYNCHRONISES,
     Gradients,
     Scores,
     TritonHead,
     live_rows,
     logit_gradient,
+    plain_context,
     raise_flag,
     score,
 )
@@ -34,25 +36,30 @@ def head_forward(
     softcap: float,
     operand_dtype: torch.dtype,
     entropy: bool,
+    check: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of ``Scores`` of all rows. ``softcap`` 0 is none.
 
-    hidden [R, H], weight [V, H] and bias [V] are rounded to ``operand_dtype`` first.
+    hidden [R, H], weight [V, H] and bias [V] are rounded to ``operand_dtype`` first. ``check``: read the flag here and
+    raise ValueError, which synchronises.
     """
-    head = TritonHead.of(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype)
-    scores = Scores.empty(target.numel(), entropy, hidden.device)
-    score(head, torch.arange(target.numel(), device=hidden.device), scores)
+    with plain_context(hidden):
+        head = TritonHead.of(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype)
+        scores = Scores.empty(target.numel(), entropy, hidden.device)
+        score(head, torch.arange(target.numel(), device=hidden.device), scores)
+        if check:
+            raise_flag(scores.flag.tolist(), head.n_vocab, hidden.shape[0])
     return scores.logp, scores.entropy, scores.centre, scores.log_total, scores.flag
 
 
 @head_forward.register_fake
-def _(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype, entropy):
+def _(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype, entropy, check):
     n, new = target.shape[0], hidden.new_empty
     rowwise = (new(size, dtype=torch.float32) for size in (n, n if entropy else 0, n, n))
     return *rowwise, new(len(FLAGS), dtype=torch.int32)
 
 
-@torch.library.custom_op("pact_kernels::head_backward", mutates_args=())
+@torch.library.custom_op("pact_kernels::head_backward", mutates_args=(), tags=SYNCHRONISES)
 def head_backward(
     dlogp: Tensor,
     dentropy: Tensor | None,
@@ -71,21 +78,23 @@ def head_backward(
 
     Raises ValueError where the forward flagged a target, a row index or a temperature.
     """
-    head = TritonHead.of(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype)
-    found = Scores(*scores)
-    raise_flag(found.flag.tolist(), head.n_vocab, hidden.shape[0])
-    live = live_rows(dlogp, dentropy).nonzero()[:, 0]
-    gradients, step = Gradients(head, needs, live.numel()), head.chunk_rows()
-    for begin in range(0, live.numel(), step):
-        chunk = live[begin : begin + step]
-        gradients.add(chunk, logit_gradient(head, chunk, found, dlogp, dentropy))
-    dhidden, dweight, dbias = gradients.hidden_RH(hidden.dtype), gradients.weight_VH, gradients.bias_V
-    empty = hidden.new_empty
-    return (
-        empty(0, hidden.shape[1]) if dhidden is None else dhidden,
-        empty(0, hidden.shape[1], dtype=weight.dtype) if dweight is None else dweight.to(weight.dtype),
-        empty(0, dtype=weight.dtype) if dbias is None or bias is None else dbias.to(bias.dtype),
-    )
+    with plain_context(hidden):
+        head = TritonHead.of(hidden, weight, bias, target, rows, inv_temperature, softcap, operand_dtype)
+        found = Scores(*scores)
+        raise_flag(found.flag.tolist(), head.n_vocab, hidden.shape[0])
+        live = live_rows(dlogp, dentropy).nonzero()[:, 0]
+        gradients, step = Gradients(head, needs, live.numel()), head.chunk_rows()
+        for begin in range(0, live.numel(), step):
+            chunk = live[begin : begin + step]
+            gradients.add(chunk, logit_gradient(head, chunk, found, dlogp, dentropy))
+        dhidden, dweight, dbias = gradients.hidden_RH(hidden.dtype), gradients.weight_VH, gradients.bias_V
+        bias_dtype = (weight if bias is None else bias).dtype
+        empty = hidden.new_empty
+        return (
+            empty(0, hidden.shape[1]) if dhidden is None else dhidden,
+            empty(0, hidden.shape[1], dtype=weight.dtype) if dweight is None else dweight.to(weight.dtype),
+            empty(0, dtype=bias_dtype) if dbias is None else dbias.to(bias_dtype),
+        )
 
 
 @head_backward.register_fake
@@ -101,7 +110,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *operands, softcap, operand_dtype, entropy = inputs
+    *operands, softcap, operand_dtype, entropy, _ = inputs
     ctx.save_for_backward(*operands, *output)
     ctx.settings = (softcap, operand_dtype)
     ctx.with_entropy = entropy
@@ -115,7 +124,7 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
     dlogp = torch.zeros_like(scores[0]) if dlogp is None else dlogp.contiguous()
     dentropy = dentropy.contiguous() if ctx.with_entropy and dentropy is not None else None
     gradients = head_backward(dlogp, dentropy, *operands, scores, *ctx.settings, needs)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs)), *(None,) * 6
+    return *(gradient if need else None for gradient, need in zip(gradients, needs)), *(None,) * 7
 
 
 head_forward.register_autograd(_backward, setup_context=_setup)

@@ -12,6 +12,9 @@ import triton.language as tl
 
 from pact_kernels.primitives import NEGATIVE_INFINITY, NOT_A_NUMBER, dot_rows, tanh
 
+# They change with every batch: one binary for all of them.
+ROW_COUNTS = ["n_select", "n_hidden", "n_splits", "n_source", "n_lines"]
+
 # Stands for -inf where a product with its exponential, 0, must not be NaN: e^LEAST is 0 in float32.
 LEAST = tl.constexpr(-200.0)
 SMALLEST = tl.constexpr(1.2e-38)  # whose logarithm stands for that of an exponential that was rounded to 0
@@ -64,7 +67,7 @@ def store_tile(p_out, b_value, i_first, i_v, stride, BLOCK_N: tl.constexpr, BLOC
     tl.store(p_lines + (o_i[:, None] * stride + o_v[None, :]), b_value.to(p_out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def head_forward_kernel(
     p_hidden, p_weight, p_bias, p_target, p_rows, p_scale, p_select,
     p_max, p_sum, p_zsum, p_target_z, p_kept, p_kept_max,
@@ -124,7 +127,7 @@ def head_forward_kernel(
     tl.store(p_target_z + o_i, b_target_z, mask=m_n & (b_target >= begin) & (b_target < end))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def head_combine_kernel(
     p_select, p_target, p_rows, p_scale, p_max, p_sum, p_zsum, p_target_z, p_logp, p_entropy, p_centre, p_log_total,
     p_flag, n_select, n_hidden, n_vocab, n_splits,
@@ -188,7 +191,7 @@ def logit_gradient(b_logp, b_p, m_hit, p_dlogp, p_dentropy, p_entropy, o_n, ENTR
     return tl.where(m_hit, b_c, 0.0) - b_p * b_factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def head_dlogits_kernel(
     p_hidden, p_weight, p_bias, p_target, p_rows, p_scale, p_select,
     p_centre, p_log_total, p_entropy, p_dlogp, p_dentropy, p_out,
@@ -220,7 +223,7 @@ def head_dlogits_kernel(
     store_tile(p_out, b_grad, i_n * BLOCK_N, i_v, stride_out, BLOCK_N, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def head_kept_dlogits_kernel(
     p_kept, p_kept_max, p_source, p_select, p_target, p_scale,
     p_centre, p_log_total, p_logp, p_entropy, p_dlogp, p_dentropy,
@@ -242,7 +245,8 @@ def head_kept_dlogits_kernel(
     m_tile = m_n[:, None] & (o_v < n_vocab)[None, :]
     b_kept = tl.load(p_kept + o_line[:, None] * stride_kept + o_v[None, :], mask=m_tile, other=0.0).to(tl.float32)
     b_shift = tl.load(p_kept_max + tl.cast(i_tile, tl.int64) * n_lines + o_line) - tl.load(p_centre + o_n)
-    b_shift -= tl.load(p_log_total + o_n)
+    # At most 0, but for a tile of -inf, which was centred on 0: its exponentials are 0 and must not meet an infinity.
+    b_shift = tl.minimum(b_shift - tl.load(p_log_total + o_n), 0.0)
     b_p = b_kept * tl.exp(b_shift)[:, None]
     m_hit = o_v[None, :] == load_target(p_target, o_n, n_vocab)[:, None]
     b_target_logp = tl.load(p_logp + o_n)[:, None]

@@ -45,13 +45,13 @@ def test_more_than_2_to_the_31_logits():
 
 
 def test_offsets_beyond_32_bits():
-    """Rows of hidden and of the weight more than 2^31 elements from the first."""
-    far = 2**30 + 64
-    hidden, weight = (torch.zeros(3 * far + 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    hidden, weight = (value.as_strided((4, 64), (far, 1)) for value in (hidden, weight))
+    """Rows of hidden and of the weight more than 2^31 elements from the first; those of a tile are within 32 bits."""
+    far, near = 2**30 + 64, 2**31 // 128 - 64
+    hidden = torch.zeros(3 * far + 64, dtype=torch.bfloat16, device="cuda").as_strided((4, 64), (far, 1))
+    weight = torch.zeros(299 * near + 64, dtype=torch.bfloat16, device="cuda").as_strided((300, 64), (near, 1))
     hidden.copy_(torch.randn(4, 64))
-    weight.copy_(torch.randn(4, 64))
-    target = torch.arange(4, device="cuda")
+    weight.copy_(torch.randn(300, 64))
+    target = torch.arange(0, 300, 80, device="cuda")
     wanted = linear_logprob(hidden.contiguous(), weight.contiguous(), target, backend="triton").logp
     assert torch.equal(linear_logprob(hidden, weight, target, backend="triton").logp, wanted)
 

@@ -247,6 +247,56 @@ def test_agrees_with_the_grpo_loss_of_trl() -> None:
     torch.testing.assert_close(mine.cpu().view(4, 25), gradient, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.02])
+@pytest.mark.parametrize("level", [0.0, -120.0, -1000.0])
+def test_columns_of_minus_infinity_are_never_chosen(level: float, entropy_coef: float) -> None:
+    """Whole tiles of them at the beginning of a split, with the other logits far below zero."""
+    head, target, terms = head_and_terms(60, torch.float32, HEADS[2] | {"softcap": None})
+    banned = torch.zeros(301, dtype=torch.bool, device=DEVICE)
+    banned[:64] = banned[128:200] = True
+    head["bias"] = torch.where(banned, -torch.inf, head["bias"] + level)
+    allowed = (~banned).nonzero()[:, 0]
+    target = allowed[target % len(allowed)]
+    small = head | {name: head[name][allowed] for name in ("weight", "bias")}
+    of_small = torch.searchsorted(allowed, target)
+    wide = {name: small[name].double() for name in ("hidden", "weight", "bias")}
+    logp = linear_logprob_reference(wide["hidden"], wide["weight"], of_small, bias=wide["bias"]).logp
+    terms = make_terms(logp.float().cpu(), target.cpu()).to(DEVICE)
+    run = partial(triton_fused, entropy=True, entropy_coef=entropy_coef)
+    mine, gradients = run_op(lambda kw: run(terms=terms, **kw), head, torch.float32)
+    exact, expected = run_composed(
+        wide | {"rows": None}, of_small, to_double(terms), torch.float64, True, entropy_coef=entropy_coef
+    )
+    torch.testing.assert_close(mine.loss.double(), exact.loss, atol=1e-4, rtol=1e-4)
+    for name, gradient in gradients.items():
+        gradient = gradient if name == "hidden" else gradient[allowed]
+        torch.testing.assert_close(gradient.double(), expected[name], atol=1e-5, rtol=2e-3, msg=name)
+
+
+def test_kl_gradient_far_from_the_reference() -> None:
+    """``kl_coef (1 - e^d)`` tends to kl_coef as the reference's log-prob goes to -infinity."""
+    logp = torch.full((3,), -2.0, device=DEVICE).requires_grad_()
+    ref = torch.tensor([-torch.inf, -1e8, -32.0], device=DEVICE)
+    zero, one = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    terms = TokenTerms(zero.long(), None, zero, one, zero.long(), ref_logp=ref)
+    (gradient,) = torch.autograd.grad(triton_loss(logp, terms, kl_coef=0.5).loss, logp)
+    torch.testing.assert_close(gradient.cpu(), torch.full((3,), 0.5))
+
+
+def test_second_derivatives_are_refused() -> None:
+    head, _, terms = head_and_terms(5, torch.float32, {})
+    hidden = head["hidden"].requires_grad_()
+    logp = torch.full((5,), -3.0, device=DEVICE).requires_grad_()
+    for leaf, loss in (
+        (logp, triton_loss(logp, terms).loss),
+        (hidden, triton_fused(hidden, head["weight"], terms).loss),
+    ):
+        (gradient,) = torch.autograd.grad(loss**2, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(
     ("name", "value", "message"),
@@ -256,9 +306,11 @@ def test_agrees_with_the_grpo_loss_of_trl() -> None:
         ("temperature", 0.0, "temperature must be positive and finite in every row"),
     ],
 )
-def test_values_out_of_range_are_raised_by_the_call(name: str, value: float, message: str, grad: bool) -> None:
+def test_values_out_of_range_are_raised_by_the_call(
+    name: str, value: float, message: str, grad: bool, dtype: torch.dtype
+) -> None:
     """Before the loss or a metric can be read, and before a gradient is formed from them."""
-    head, target, terms = head_and_terms(77, torch.float32, HEADS[-1])
+    head, target, terms = head_and_terms(77, dtype, HEADS[-1])
     terms = replace(terms, target=target)
     (target if name == "target" else head[name])[5] = value
     head["weight"].requires_grad_(grad)

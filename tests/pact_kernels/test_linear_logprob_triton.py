@@ -141,6 +141,7 @@ def test_autocast_rounds_inside() -> None:
         got = problem.run(triton_logprob)
     for name, value in got.items():
         assert value.dtype == torch.float32
+        assert not torch.equal(value, value.bfloat16().float()), name  # dL/du was rounded; what became of it was not
         is_output = name in ("logp", "entropy")
         rounding = 4 * EPS if is_output else torch.finfo(torch.bfloat16).eps
         assert_within(name, value, same[name], exact[name], rounding * max(1.0, exact[name].abs().max().item()))
@@ -152,8 +153,10 @@ def test_operator_registration(entropy: bool) -> None:
     problem = make(9, 16, 50, bias=True, temperature=True, r=4)
     operands = [value.requires_grad_() for value in (problem.hidden, problem.weight, problem.bias)]
     scale = problem.temperature.reciprocal()
-    arguments = (*operands, problem.target, problem.rows, scale, 2.0, torch.float32, entropy)
+    arguments = (*operands, problem.target, problem.rows, scale, 2.0, torch.float32, entropy, False)
     torch.library.opcheck(ops.head_forward, arguments)
+    mixed = (operands[0].bfloat16(), operands[1], operands[2].detach().bfloat16(), *arguments[3:])  # as under autocast
+    torch.library.opcheck(ops.head_forward, mixed)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -222,8 +225,27 @@ def test_values_out_of_range_are_found_by_the_kernels(change: dict, message: str
         logp.sum().backward()
 
 
+def test_second_derivatives_are_refused() -> None:
+    problem = make(3, 4, 5)
+    hidden = problem.hidden.requires_grad_()
+    total = triton_logprob(hidden, problem.weight, problem.target).logp.square().sum()
+    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.sum().backward()
+
+
 def test_bad_input() -> None:
     problem = make(3, 4, 5)
+    with pytest.raises(ValueError, match=r"hidden is \[0, 4\] and weight \[5, 4\]: targets need rows in both"):
+        triton_logprob(problem.hidden[:0], problem.weight, problem.target, rows=problem.target)
+    with pytest.raises(ValueError, match="targets need rows in both"):
+        triton_logprob(problem.hidden, problem.weight[:0], problem.target)
+    with pytest.raises(TypeError, match=r"hidden must be bfloat16, float16, float32 or float64, got .*float8"):
+        triton_logprob(problem.hidden.to(torch.float8_e4m3fn), problem.weight, problem.target)
+    with pytest.raises(TypeError, match="target must be a tensor of integers, got list"):
+        triton_logprob(problem.hidden, problem.weight, [0, 1, 2])
+    with pytest.raises(ValueError, match="temperature must be positive, got 1e-40"):
+        triton_logprob(problem.hidden, problem.weight, problem.target, temperature=1e-40)
     with pytest.raises(TypeError, match="use backend='torch' for float64"):
         triton_logprob(problem.hidden.double(), problem.weight.double(), problem.target)
     with pytest.raises(TypeError, match=r"weight is .*bfloat16 but hidden is .*float32"):
