@@ -123,7 +123,7 @@ def _loss(sums: bool, optional: bool) -> Build:
 def compile_one(build: Build, target: str) -> dict[str, Any]:
     """One line of the report; ``ok`` is False and ``error`` says why where it does not compile."""
     types, names = build.types(), build.kernel.arg_names
-    # As launched: pointers and strides are multiples of 16 (launch.py copies operands whose are not), an even width too.
+    # As launched: pointers and strides are multiples of 16 (launch.py copies operands that are not), an even width too.
     multiples = ("p_", "stride_", "n_width") if build.constants.get("EVEN_H", True) else ("p_", "stride_")
     aligned = [i for i, name in enumerate(names) if name.startswith(multiples)]
     source = ASTSource(

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -103,27 +104,41 @@ def sweep(cases: int, seed: int = 0) -> int:
     return passed
 
 
+def record(seed: int, cases: int, seconds: float) -> str:
+    """Put a share that passed into ``benchmarks/results/head_sweep.json``, beside those of other seeds."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from measure import RESULTS, machine, save
+
+    path = RESULTS / "head_sweep.json"
+    shares = json.loads(path.read_text())["shares"] if path.exists() else []
+    about = {name: machine().get(name) for name in ("date", "commit", "torch", "triton")}
+    share = {"seed": seed, "cases": cases, "failures": 0, "seconds": round(seconds), "device": DEVICE.type, **about}
+    shares = sorted([*(each for each in shares if each["seed"] != seed), share], key=lambda each: each["seed"])
+    total = sum(each["cases"] for each in shares)
+    save("head_sweep", {"cases": total, "failures": 0, "shares": shares})
+    return f"seed {seed}: {cases} cases, 0 failures, {seconds:.0f} s; {total} cases in {path}"
+
+
 def main() -> None:
-    """Run the sweep, a share and a seed a process, and write ``benchmarks/results/head_sweep.json``."""
+    """Run a share and a seed a process, and record each that passes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--first_seed", type=int, default=0, help="shares take this seed and those after it")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    from measure import save
-
-    started = time.time()
     n, share = arguments.processes, arguments.cases // arguments.processes
-    shares = [share + (i < arguments.cases % n) for i in range(n)]
+    cases = {arguments.first_seed + i: share + (i < arguments.cases % n) for i in range(n)}
+    started = time.time()
     with ProcessPoolExecutor(
         n, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        passed = sum(pool.map(sweep, shares, range(n)))
-    seconds = round(time.time() - started)
-    if passed != arguments.cases:
-        raise SystemExit(f"{passed} cases ran instead of {arguments.cases}: nothing is recorded")
-    record = {"cases": passed, "failures": 0, "seeds": list(range(n)), "seconds": seconds, "device": DEVICE.type}
-    print(f"{passed} cases, 0 failures, {seconds} s: {save('head_sweep', record)}")
+        shares = {pool.submit(sweep, cases[seed], seed): seed for seed in cases}
+        for done in as_completed(shares):
+            seed = shares[done]
+            passed = done.result()
+            if passed != cases[seed]:
+                raise SystemExit(f"seed {seed}: {passed} cases ran instead of {cases[seed]}: not recorded")
+            print(record(seed, passed, time.time() - started), flush=True)
 
 
 if __name__ == "__main__":
