@@ -193,17 +193,23 @@ def test_near_deterministic_rows() -> None:
     problem.check()
 
 
-def test_columns_of_minus_infinity_have_no_part_in_the_entropy() -> None:
-    problem = Problem.random(20, 16, 203, bias=True, entropy=True)
+def check_masked_columns(op, device: torch.device | str = "cpu") -> None:
+    """Columns of -inf, a whole split of them too, have probability 0 and no part in the entropy; nothing is NaN."""
+    problem = Problem.random(20, 16, 203, bias=True, entropy=True).to(device)
     problem.bias[64:150] = -torch.inf
     problem.target[:] = problem.target % 64
-    got = problem.run(linear_logprob)
+    got = problem.run(op)
     allowed = [*range(64), *range(150, 203)]
     small = Problem(**vars(problem) | {"weight": problem.weight[allowed], "bias": problem.bias[allowed]})
     exact = small.run(linear_logprob_reference, torch.float64)
     for name, value in got.items():
         value = value[allowed] if name in ("dweight", "dbias") else value
         torch.testing.assert_close(value.double(), exact[name], atol=1e-5, rtol=1e-4, msg=name)
+    assert bool((got["dweight"][64:150] == 0).all())
+
+
+def test_columns_of_minus_infinity_are_never_chosen() -> None:
+    check_masked_columns(linear_logprob)
 
 
 @pytest.mark.parametrize(

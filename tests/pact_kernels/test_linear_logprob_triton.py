@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import DEVICE, assert_within
-from test_linear_logprob import ALL_OPTIONS, EPS, Problem
+from test_linear_logprob import ALL_OPTIONS, EPS, Problem, check_masked_columns
 
 from pact_kernels import linear_logprob
 from pact_kernels.linear_logprob import launch, ops
@@ -60,18 +60,7 @@ def test_softcap_near_and_far_from_its_linear_part(cap: float) -> None:
 
 
 def test_columns_of_minus_infinity_are_never_chosen() -> None:
-    """A masked vocabulary, a whole split of it too: probability 0, no NaN anywhere."""
-    problem = make(20, 16, 203, bias=True, entropy=True)
-    problem.bias[64:150] = -torch.inf
-    problem.target[:] = problem.target % 64
-    got = problem.run(triton_logprob)
-    allowed = [*range(64), *range(150, 203)]
-    small = Problem(**vars(problem) | {"weight": problem.weight[allowed], "bias": problem.bias[allowed]})
-    exact = small.run(linear_logprob_reference, torch.float64)
-    for name, value in got.items():
-        value = value[allowed] if name in ("dweight", "dbias") else value
-        torch.testing.assert_close(value.double(), exact[name], atol=1e-5, rtol=1e-4, msg=name)
-    assert bool((got["dweight"][64:150] == 0).all())
+    check_masked_columns(triton_logprob, DEVICE)
 
 
 def test_logits_that_are_not_numbers_stay_so() -> None:
