@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pact_kernels.backend import resolve_backend
+from pact_kernels.backend import require_triton, resolve_backend
 from pact_kernels.prefix_tree import PrefixTree
 from pact_kernels.tree_attention.tiled import TiledTreeAttention, plan_of
+
+BUILT = ("torch", "triton")  # auto is torch until the kernels have been measured on a GPU
+MAX_HEAD_DIM = 256
 
 
 def tree_attention(
@@ -20,7 +23,7 @@ def tree_attention(
         k, v: [L, Hkv, D]; Hkv divides Hq, query head ``h`` reads key head ``h // (Hq / Hkv)``.
         tree: its ``subtree_end`` must lie on the device of ``q``; what the backend plans for it is kept with it.
         scale: factor of ``q k^T``, default ``D ** -0.5``.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "triton".
 
     Returns:
         [L, Hq, D] in the dtype of ``q``. Softmax and sums are in float32 for 16-bit inputs, float64 for float64.
@@ -31,14 +34,32 @@ def tree_attention(
         ValueError: shapes or devices that do not fit the tree or each other, an unknown backend.
         RuntimeError: a backend that this build does not have.
     """
-    resolve_backend("tree_attention", backend, ("torch",))
+    chosen = resolve_backend("tree_attention", backend, BUILT)
+    if chosen == "triton":
+        require_triton("tree_attention", q.device)
     _check_layout(q, k, v, tree)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise TypeError(f"tree_attention needs q, k, v of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "triton":
+        return _run_triton(q, k, v, tree, scale)
     return TiledTreeAttention.apply(q, k, v, plan_of(tree.subtree_end), scale)
+
+
+def _run_triton(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, scale: float) -> Tensor:
+    """The custom operators; imported here, so that the package does not need Triton."""
+    from pact_kernels.tree_attention.ops import tree_forward
+
+    if q.dtype == torch.float64:
+        raise TypeError("the triton backend computes in float32: use backend='torch' for float64 inputs")
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"the triton backend takes head dims to {MAX_HEAD_DIM}, got {q.shape[-1]}: use backend='torch'"
+        )
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return tree_forward(q, k, v, tree.subtree_end, scale)[0]
 
 
 def _check_layout(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree) -> None:
