@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from pact_kernels.tree_attention.plans import Plans
 
 # Queries a tile, and the mean path length from which the long tile pays: a long tile wastes pairs where it straddles
 # branches (about TILE / mean path of the work), a short one gathers the same keys more often.
@@ -87,14 +88,7 @@ def _group(n_keys: list[int]) -> list[list[int]]:
     return groups
 
 
-_plans = WeakTensorKeyDictionary()
-
-
-def plan_of(subtree_end: Tensor) -> Plan:
-    """The plan of a tree, made on first use and kept as long as its ``subtree_end`` lives."""
-    if subtree_end not in _plans:
-        _plans[subtree_end] = Plan(subtree_end)
-    return _plans[subtree_end]
+PLANS = Plans(Plan)
 
 
 class TiledTreeAttention(torch.autograd.Function):
