@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,18 @@ from pact_kernels.backend import INTERPRETED
 from pact_kernels.cotrain_loss import triton as loss
 from pact_kernels.linear_logprob import triton as head
 from pact_kernels.terms import N_BRANCHES, N_COMPONENTS, N_KINDS
-from pact_kernels.tiles import COMBINE_ROWS, COTRAIN_ROWS, GATHER_COLUMNS, HEAD_TILES, KEPT_TILE, HeadTile
+from pact_kernels.tiles import (
+    COMBINE_ROWS,
+    COTRAIN_ROWS,
+    GATHER_COLUMNS,
+    HEAD_TILES,
+    JOIN_WARPS,
+    KEPT_TILE,
+    HeadTile,
+    TreeTile,
+    tree_tiles,
+)
+from pact_kernels.tree_attention import triton as tree
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,8 +52,12 @@ INDEX_POINTERS = ("p_target", "p_rows", "p_select", "p_source", "p_order", "p_st
 OTHER_POINTERS = {
     "p_flag": "i32", "p_sums": "fp64", "p_kind": "i64", "p_component": "i64", "p_branch": "i64",
 }  # fmt: skip
+TREE_POINTERS = dict.fromkeys(
+    ("p_end", "p_start", "p_middle", "p_index", "p_tile", "p_begin", "p_stop", "p_slot", "p_split", "p_first"), "*i32"
+)
+HEAD_DIMS, GROUP = (64, 96, 128, 256), 4
 N_SHARES = 4  # of the builds of a target
-FLOATS = ("softcap", "clip_low", "clip_high", "kl_coef", "entropy_coef")
+FLOATS = ("scale", "softcap", "clip_low", "clip_high", "kl_coef", "entropy_coef")
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class Build:
     num_warps: int
     num_stages: int
     config: str
+    pointers: dict[str, str] = field(default_factory=dict)  # Triton types of pointers; others by the rules above
 
     def types(self) -> dict[str, str]:
         """Argument name -> Triton type."""
@@ -63,6 +79,8 @@ class Build:
     def _type(self, name: str) -> str:
         if name in self.constants:
             return "constexpr"
+        if name in self.pointers:
+            return self.pointers[name]
         if name in INDEX_POINTERS:
             return "*i64"
         if name in OPERAND_POINTERS:
@@ -96,6 +114,9 @@ def builds(target: str) -> Iterator[Build]:
         combine = {"HAS_SCALE": flag, "ENTROPY": flag, "BLOCK_N": COMBINE_ROWS}
         yield Build(head.head_combine_kernel, "fp32", combine, 4, 3, f"n{COMBINE_ROWS}_{'all' if flag else 'plain'}")
         yield from (_loss(sums, flag) for sums in (False, True))
+    for operand, size in OPERANDS.items():
+        for width in HEAD_DIMS:
+            yield from _tree(target, operand, size, width)
     for out in OPERANDS:
         yield Build(head.gather_sum_kernel, out, {"BLOCK_H": GATHER_COLUMNS}, 4, 3, f"{out}_h{GATHER_COLUMNS}")
 
@@ -118,6 +139,28 @@ def _loss(sums: bool, optional: bool) -> Build:
     constants = dict.fromkeys(flags, optional) | {"SUMS": sums, "BLOCK_N": COTRAIN_ROWS} | sizes
     name = f"n{COTRAIN_ROWS}_{'sums' if sums else 'derivatives'}_{'all' if optional else 'plain'}"
     return Build(loss.cotrain_rows_kernel, "fp32", constants, 4, 3, name)
+
+
+def _tree(target: str, operand: str, size: int, width: int) -> Iterator[Build]:
+    """Tree attention with heads of ``width`` channels."""
+    tiles = tree_tiles(target, size, width)
+    shape = {"D": width, "BLOCK_D": triton.next_power_of_2(width)}
+    names = ("p_q", "p_k", "p_v", "p_out", "p_dout", "p_dq", "p_dk", "p_dv")
+    pointers = dict.fromkeys(names, f"*{operand}") | TREE_POINTERS
+
+    def build(kernel: Any, tile: TreeTile, constants: dict[str, int | bool], warps: int, stages: int) -> Build:
+        config = f"{operand}_d{width}_{tile.name}"
+        return Build(kernel, operand, shape | constants, warps, stages, config, pointers)
+
+    for kernel, tile in (
+        (tree.tree_forward_kernel, tiles.forward),
+        (tree.tree_dq_kernel, tiles.dq),
+        (tree.tree_dkv_kernel, tiles.dkv),
+    ):
+        blocks = {"GROUP": GROUP, "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "UPCAST": False}
+        yield build(kernel, tile, blocks, tile.num_warps, tile.num_stages)
+    yield build(tree.tree_delta_kernel, tiles.dq, {"BLOCK_Q": tiles.dq.block_q}, 4, 3)
+    yield build(tree.tree_join_kernel, tiles.dkv, {"BLOCK_K": tiles.dkv.block_k}, JOIN_WARPS, 3)
 
 
 def compile_one(build: Build, target: str) -> dict[str, Any]:

@@ -41,6 +41,81 @@ HEAD_TILES: dict[str, dict[int, HeadTile]] = {
     "interpreter": {2: HeadTile(32, 64, 64, 4, 1), 4: HeadTile(32, 64, 64, 4, 1)},
 }
 
+
+@dataclass(frozen=True)
+class TreeTile:
+    """Queries x keys of one tile of scores, and how it is launched."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return f"q{self.block_q}_k{self.block_k}_w{self.num_warps}_s{self.num_stages}"
+
+
+@dataclass(frozen=True)
+class TreeTiles:
+    """The tiles of the three kernels of tree attention."""
+
+    forward: TreeTile
+    dq: TreeTile
+    dkv: TreeTile
+
+
+def _square(block: int, num_warps: int, num_stages: int) -> TreeTiles:
+    tile = TreeTile(block, block, num_warps, num_stages)
+    return TreeTiles(tile, tile, tile)
+
+
+# float32 dots without tensor cores hold whole rows in registers: few elements a thread, or they spill.
+_FLOAT32 = {64: _square(32, 8, 2), 128: _square(32, 16, 2), 256: _square(32, 16, 1)}
+_HOPPER = {
+    64: TreeTiles(TreeTile(128, 128, 8, 3), TreeTile(128, 64, 8, 3), TreeTile(64, 128, 8, 3)),
+    128: TreeTiles(TreeTile(128, 64, 8, 3), TreeTile(128, 64, 8, 2), TreeTile(32, 128, 8, 3)),
+    # 32 keys are too few for wgmma; with 64, dK and dV of 256 channels spill.
+    256: TreeTiles(TreeTile(128, 64, 8, 2), TreeTile(64, 32, 8, 2), TreeTile(64, 32, 8, 2)),
+}
+# target -> bytes of an operand's element -> widest head (a power of two; the kernel pads to one) -> tiles.
+TREE_TILES: dict[str, dict[int, dict[int, TreeTiles]]] = {
+    "sm_80": {
+        2: {
+            64: TreeTiles(TreeTile(128, 64, 4, 3), TreeTile(64, 64, 4, 3), TreeTile(64, 64, 4, 3)),
+            128: TreeTiles(TreeTile(128, 64, 8, 3), TreeTile(64, 64, 8, 2), TreeTile(64, 64, 8, 2)),
+            256: TreeTiles(TreeTile(64, 32, 8, 2), TreeTile(64, 32, 8, 2), TreeTile(32, 32, 8, 2)),
+        },
+        4: _FLOAT32,
+    },
+    "sm_90": {2: _HOPPER, 4: _FLOAT32},
+    "sm_100": {2: _HOPPER, 4: _FLOAT32},
+    "gfx942": {
+        2: {
+            64: _square(64, 4, 1),
+            128: TreeTiles(TreeTile(128, 64, 8, 1), TreeTile(64, 64, 8, 1), TreeTile(64, 64, 8, 1)),
+            256: TreeTiles(TreeTile(64, 32, 8, 1), TreeTile(32, 32, 8, 1), TreeTile(32, 32, 8, 1)),
+        },
+        4: {64: _square(32, 8, 1), 256: _square(16, 4, 1)},
+    },
+    "interpreter": {
+        size: {256: TreeTiles(TreeTile(32, 32, 4, 1), TreeTile(32, 64, 4, 1), TreeTile(64, 32, 4, 1))}
+        for size in (2, 4)
+    },
+}
+
+
+def tree_tiles(target: str, itemsize: int, head_dim: int) -> TreeTiles:
+    """The tiles for heads of ``head_dim`` channels of ``itemsize`` bytes."""
+    widths = TREE_TILES[target][itemsize]
+    return widths[min(width for width in widths if width >= head_dim)]
+
+
+# Query tiles that one program of dK and dV goes through for each head, and about how many programs a head may have
+# before they get longer: a split tile costs a slot of float32 sums.
+PIECE_TILES, PIECES = 128, 1024
+JOIN_WARPS = 8  # of the program that joins the slots of a tile
+
 COTRAIN_ROWS = 128  # rows of one program of the loss
 COMBINE_ROWS = 128  # rows of one program that joins splits
 GATHER_COLUMNS = 256  # columns of one program that sums lines

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pact_kernels.backend import require_triton, resolve_backend
 from pact_kernels.prefix_tree import PrefixTree
-from pact_kernels.tree_attention.tiled import TiledTreeAttention, plan_of
+from pact_kernels.tree_attention.tiled import tree_tiled
 
 BUILT = ("torch", "triton")  # auto is torch until the kernels have been measured on a GPU
 MAX_HEAD_DIM = 256
@@ -45,12 +45,12 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "triton":
         return _run_triton(q, k, v, tree, scale)
-    return TiledTreeAttention.apply(q, k, v, plan_of(tree.subtree_end), scale)
+    return tree_tiled(q, k, v, tree.subtree_end, scale)[0]
 
 
 def _run_triton(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, scale: float) -> Tensor:
     """The custom operators; imported here, so that the package does not need Triton."""
-    from pact_kernels.tree_attention.ops import tree_forward
+    from pact_kernels.tree_attention.ops import tree_triton
 
     if q.dtype == torch.float64:
         raise TypeError("the triton backend computes in float32: use backend='torch' for float64 inputs")
@@ -58,8 +58,7 @@ def _run_triton(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, scale: float)
         raise ValueError(
             f"the triton backend takes head dims to {MAX_HEAD_DIM}, got {q.shape[-1]}: use backend='torch'"
         )
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return tree_forward(q, k, v, tree.subtree_end, scale)[0]
+    return tree_triton(q, k, v, tree.subtree_end, scale)[0]
 
 
 def _check_layout(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree) -> None:

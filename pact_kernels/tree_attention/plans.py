@@ -1,4 +1,4 @@
-"""What a backend plans for a tree is made once and kept as long as the tree's ``subtree_end`` lives. Also checks the tree.
+"""What a backend plans for a tree: made once, kept as long as the tree's ``subtree_end`` lives. Checks the tree first.
 
 Plans are found by storage, not by tensor object: torch.compile and activation checkpointing hand aliases around.
 """

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pact_kernels.tree_attention.operators import differentiable
 from pact_kernels.tree_attention.plans import Plans
 
 # Queries a tile, and the mean path length from which the long tile pays: a long tile wastes pairs where it straddles
@@ -91,44 +91,45 @@ def _group(n_keys: list[int]) -> list[list[int]]:
 PLANS = Plans(Plan)
 
 
-class TiledTreeAttention(torch.autograd.Function):
-    """``apply(q, k, v, plan, scale)``. Tiles compute, and gradients of keys and values add up, in at least float32."""
+def forward(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp. Tiles compute in at least float32."""
+    work, plan = torch.promote_types(q.dtype, torch.float32), PLANS.of(subtree_end)
+    k, v = k.contiguous(), v.contiguous()  # rows are gathered for every batch
+    q_TBHD = _tiles(q, plan)
+    out_TBHD = torch.empty_like(q_TBHD)
+    lse_TBH = q_TBHD.new_empty(q_TBHD.shape[:3], dtype=work)
+    for batch, mask in plan.masked_batches(work):
+        q_THBD = q_TBHD[batch.tile_T].to(work).transpose(1, 2)
+        out_THBD, lse_THB = attend(q_THBD, _paths(k, batch, work), _paths(v, batch, work), mask, scale)
+        out_TBHD[batch.tile_T] = out_THBD.transpose(1, 2).to(q.dtype)
+        lse_TBH[batch.tile_T] = lse_THB.transpose(1, 2)
+    length = q.shape[0]
+    return out_TBHD.flatten(0, 1)[:length], lse_TBH.flatten(0, 1)[:length].T.contiguous()
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
-        work = torch.promote_types(q.dtype, torch.float32)
-        ctx.plan, ctx.scale = plan, scale
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # rows are gathered for every batch
-        q_TBHD = _tiles(q, plan)
-        out_TBHD = torch.empty_like(q_TBHD)
-        lse_TBH = torch.empty(q_TBHD.shape[:3], dtype=work, device=q.device)
-        for batch, mask in plan.masked_batches(work):
-            q_THBD = q_TBHD[batch.tile_T].to(work).transpose(1, 2)
-            out_THBD, lse_THB = attend(q_THBD, _paths(k, batch, work), _paths(v, batch, work), mask, scale)
-            out_TBHD[batch.tile_T] = out_THBD.transpose(1, 2).to(q.dtype)
-            lse_TBH[batch.tile_T] = lse_THB.transpose(1, 2)
-        out = out_TBHD.flatten(0, 1)[: q.shape[0]]
-        ctx.save_for_backward(q, k, v, out, lse_TBH)
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out: Tensor):
-        q, k, v, out, lse_TBH = ctx.saved_tensors
-        work = lse_TBH.dtype
-        # Padded queries have zero gradient and add nothing to the keys.
-        tiled = [_tiles(x, ctx.plan) for x in (grad_out, q, out)]
-        dq_TBHD = torch.empty_like(tiled[1])
-        dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (k, v))
-        for batch, mask in ctx.plan.masked_batches(work):
-            do_THBD, q_THBD, out_THBD = (x[batch.tile_T].to(work).transpose(1, 2) for x in tiled)
-            k_TGKD, v_TGKD = _paths(k, batch, work), _paths(v, batch, work)
-            lse_THB = lse_TBH[batch.tile_T].transpose(1, 2)
-            grads = attend_backward(do_THBD, q_THBD, k_TGKD, v_TGKD, out_THBD, lse_THB, mask, ctx.scale)
-            dq_TBHD[batch.tile_T] = grads[0].transpose(1, 2).to(q.dtype)
-            for total, grad_TGKD in zip((dk, dv), grads[1:]):
-                total.index_add_(0, batch.key_TK.flatten(), grad_TGKD.transpose(1, 2).flatten(0, 1))
-        return dq_TBHD.flatten(0, 1)[: q.shape[0]], dk.to(k.dtype), dv.to(v.dtype), None, None
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, subtree_end: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v; those of keys and values add up in at least float32."""
+    work, plan, length = lse.dtype, PLANS.of(subtree_end), q.shape[0]
+    k, v = k.contiguous(), v.contiguous()
+    # Padded queries have zero gradient and add nothing to the keys.
+    tiled = [_tiles(x, plan) for x in (dout, q, out)]
+    lse_TBH = _tiles(lse.T[..., None], plan)[..., 0]
+    dq_TBHD = torch.empty_like(tiled[1])
+    dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (k, v))
+    for batch, mask in plan.masked_batches(work):
+        do_THBD, q_THBD, out_THBD = (x[batch.tile_T].to(work).transpose(1, 2) for x in tiled)
+        k_TGKD, v_TGKD = _paths(k, batch, work), _paths(v, batch, work)
+        lse_THB = lse_TBH[batch.tile_T].transpose(1, 2)
+        grads = attend_backward(do_THBD, q_THBD, k_TGKD, v_TGKD, out_THBD, lse_THB, mask, scale)
+        dq_TBHD[batch.tile_T] = grads[0].transpose(1, 2).to(q.dtype)
+        for total, grad_TGKD in zip((dk, dv), grads[1:]):
+            total.index_add_(0, batch.key_TK.flatten(), grad_TGKD.transpose(1, 2).flatten(0, 1))
+    return dq_TBHD.flatten(0, 1)[:length], dk.to(k.dtype), dv.to(v.dtype)
+
+
+tree_tiled = differentiable("tree_tiled", forward, backward)
 
 
 def _tiles(x_LHD: Tensor, plan: Plan) -> Tensor:

@@ -144,12 +144,15 @@ def test_non_contiguous_inputs():
 
 
 def test_plan_is_made_once_and_dies_with_the_tree():
+    n_plans = len(tiled.PLANS)
     tree = PrefixTree.from_sequences(SHAPES["one group"])
-    assert tiled.plan_of(tree.subtree_end) is tiled.plan_of(tree.subtree_end)
-    n_plans = len(tiled._plans)
+    (q, k, v), grad_out = inputs(len(tree), 4, 2, 16)
+    tree_attention(q, k, v, tree).backward(grad_out)
+    assert len(tiled.PLANS) == n_plans + 1
+    assert tiled.PLANS.of(tree.subtree_end) is tiled.PLANS.of(tree.subtree_end.detach())
     del tree
     gc.collect()
-    assert len(tiled._plans) == n_plans - 1
+    assert len(tiled.PLANS) == n_plans
 
 
 def test_bad_input_is_one_clear_error():
