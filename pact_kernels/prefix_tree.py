@@ -52,6 +52,7 @@ class PrefixTree:
         subtree_end: [L] int32, end (exclusive) of the subtree below the token.
         index: one int64 tensor a sequence, in the order given: ``index[s][t]`` is the flat position of its token ``t``.
         segments: the unbranching runs (always on the CPU).
+        pairs: number of visible (query, key) pairs: a token at depth d sees d + 1 tokens.
     """
 
     input_ids: Tensor
@@ -59,6 +60,7 @@ class PrefixTree:
     subtree_end: Tensor
     index: list[Tensor] = field(repr=False)
     segments: Segments = field(repr=False)
+    pairs: int
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> PrefixTree:
@@ -89,16 +91,12 @@ class PrefixTree:
             subtree_end=segments.subtree_end.repeat_interleave(segment_size).to(torch.int32),
             index=_index(order, offset, length, shared, new),
             segments=segments,
+            pairs=int(position.sum()) + position.size,
         )
 
     def __len__(self) -> int:
         """Number of tokens ``L`` stored."""
         return self.input_ids.numel()
-
-    @property
-    def pairs(self) -> int:
-        """Number of visible (query, key) pairs: a token at depth d sees d + 1 tokens."""
-        return int(self.position_ids.sum()) + len(self)
 
     def to(self, device: torch.device | str) -> PrefixTree:
         """The same tree with its tensors on ``device``; ``segments`` stay on the CPU."""

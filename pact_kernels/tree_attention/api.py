@@ -7,10 +7,15 @@ from torch import Tensor
 
 from pact_kernels.backend import require_triton, resolve_backend
 from pact_kernels.prefix_tree import PrefixTree
+from pact_kernels.tree_attention.flash import tree_flash
+from pact_kernels.tree_attention.providers import provider_for
 from pact_kernels.tree_attention.tiled import tree_tiled
 
-BUILT = ("torch", "triton")  # auto is torch until the kernels have been measured on a GPU
+BUILT = ("torch", "triton", "flash")
 MAX_HEAD_DIM = 256
+# From this mean path and mean segment on (tokens) the cascade is the faster one on a CPU: 1.2 to 1.4 times on long
+# prompt groups, half as fast on short or much branched ones (benchmarks/tree_attention.py).
+LONG_PATH, LONG_SEGMENT = 512, 128
 
 
 def tree_attention(
@@ -23,7 +28,8 @@ def tree_attention(
         k, v: [L, Hkv, D]; Hkv divides Hq, query head ``h`` reads key head ``h // (Hq / Hkv)``.
         tree: its ``subtree_end`` must lie on the device of ``q``; what the backend plans for it is kept with it.
         scale: factor of ``q k^T``, default ``D ** -0.5``.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "flash". Auto is, on a CPU, flash for long paths that branch seldom and
+            torch otherwise; on a GPU torch, until the others have been measured there.
 
     Returns:
         [L, Hq, D] in the dtype of ``q``. Softmax and sums are in float32 for 16-bit inputs, float64 for float64.
@@ -34,7 +40,7 @@ def tree_attention(
         ValueError: shapes or devices that do not fit the tree or each other, an unknown backend.
         RuntimeError: a backend that this build does not have.
     """
-    chosen = resolve_backend("tree_attention", backend, BUILT)
+    chosen = _automatic(q, tree) if backend == "auto" else resolve_backend("tree_attention", backend, BUILT)
     if chosen == "triton":
         require_triton("tree_attention", q.device)
     _check_layout(q, k, v, tree)
@@ -45,7 +51,16 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "triton":
         return _run_triton(q, k, v, tree, scale)
-    return tree_tiled(q, k, v, tree.subtree_end, scale)[0]
+    if chosen == "flash":
+        provider_for(q)  # its refusals name the mend
+    run = tree_flash if chosen == "flash" else tree_tiled
+    return run(q, k, v, tree.subtree_end, scale)[0]
+
+
+def _automatic(q: Tensor, tree: PrefixTree) -> str:
+    if q.device.type != "cpu" or len(tree) < LONG_SEGMENT * len(tree.segments):
+        return "torch"
+    return "flash" if tree.pairs >= LONG_PATH * len(tree) else "torch"
 
 
 def _run_triton(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, scale: float) -> Tensor:

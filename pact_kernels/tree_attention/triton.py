@@ -190,8 +190,8 @@ def tree_dq_kernel(
 
 @triton.jit
 def dkv_tile(
-    b_dk, b_dv, b_k, b_v, p_q, p_dout, p_centre, p_logsum, p_delta, b_end, o_k, i_q, n_length, stride_q, stride_dout, scale,
-    PARTIAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, UPCAST: tl.constexpr,
+    b_dk, b_dv, b_k, b_v, p_q, p_dout, p_centre, p_logsum, p_delta, b_end, o_k, i_q, n_length, stride_q, stride_dout,
+    scale, PARTIAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``dV += P^T dO`` and ``dK += dS^T Q`` of one tile of queries. P and dS are made transposed, so that they are the
     left operands as they stand."""
@@ -239,12 +239,14 @@ def tree_dkv_kernel(
         for i_at in range(begin, middle):
             b_dk, b_dv = dkv_tile(
                 b_dk, b_dv, b_k, b_v, p_qh, p_douth, p_centre + o_line, p_logsum + o_line, p_delta + o_line, b_end,
-                o_k, tl.load(p_index + i_at), n_length, stride_q, stride_dout, scale, False, D, BLOCK_D, BLOCK_Q, UPCAST,
+                o_k, tl.load(p_index + i_at), n_length, stride_q, stride_dout, scale, False, D, BLOCK_D, BLOCK_Q,
+                UPCAST,
             )  # fmt: skip
         for i_at in range(middle, stop):
             b_dk, b_dv = dkv_tile(
                 b_dk, b_dv, b_k, b_v, p_qh, p_douth, p_centre + o_line, p_logsum + o_line, p_delta + o_line, b_end,
-                o_k, tl.load(p_index + i_at), n_length, stride_q, stride_dout, scale, True, D, BLOCK_D, BLOCK_Q, UPCAST,
+                o_k, tl.load(p_index + i_at), n_length, stride_q, stride_dout, scale, True, D, BLOCK_D, BLOCK_Q,
+                UPCAST,
             )  # fmt: skip
     b_dk = b_dk * scale
     i_slot = tl.load(p_slot + i_piece)

@@ -18,18 +18,18 @@ PAIRS = 2**24  # tile pairs looked at in one piece
 
 
 class Lists(NamedTuple):
-    """For each tile of one kind the tiles of the other that it meets: ``index[start[t] : middle[t]]`` are visible as a
-    whole, ``index[middle[t] : start[t + 1]]`` in part. int32, ascending within each part."""
+    """For each tile of one kind the tiles of the other that it meets: ``items[start[t] : middle[t]]`` are visible as a
+    whole, ``items[middle[t] : start[t + 1]]`` in part. int32, ascending within each part."""
 
     start: Tensor
     middle: Tensor
-    index: Tensor
+    items: Tensor
 
 
 class Pieces(NamedTuple):
     """The lists of key tiles cut into pieces that run side by side: the tiles of a prompt have every query below them.
 
-    Piece p adds up ``index[begin[p] : middle[p]]`` (whole) and ``index[middle[p] : stop[p]]`` (in part) for key tile
+    Piece p adds up ``items[begin[p] : middle[p]]`` (whole) and ``items[middle[p] : stop[p]]`` (in part) for key tile
     ``tile[p]``. Where a tile has one piece ``slot[p]`` is -1; else the sums go to that slot, and tile ``split[s]`` is
     the sum of the slots ``first[s] : first[s + 1]``. int32.
     """
@@ -39,7 +39,7 @@ class Pieces(NamedTuple):
     middle: Tensor
     stop: Tensor
     slot: Tensor
-    index: Tensor
+    items: Tensor
     split: Tensor
     first: Tensor
     n_slots: int
@@ -98,8 +98,8 @@ def _query_pieces(subtree_end: Tensor, block_q: int, block_k: int, least: int, p
     slot = torch.where(in_slot, in_slot.cumsum(0) - 1, -1)
     split = (of_tile > 1).nonzero()[:, 0]
     first = pad(of_tile[split].cumsum(0), (1, 0))
-    columns = (x.int() for x in (tile, begin, middle, stop, slot, lists.index, split, first))
-    return Pieces(*columns, n_slots=int(in_slot.sum()))
+    tile, begin, middle, stop, slot, first = (x.int() for x in (tile, begin, middle, stop, slot, first))
+    return Pieces(tile, begin, middle, stop, slot, lists.items, split.int(), first, int(in_slot.sum()))
 
 
 # Of (subtree_end, block_q, block_k): the key tiles of each query tile.

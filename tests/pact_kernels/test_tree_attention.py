@@ -1,6 +1,7 @@
 """Tree attention: the torch backend against the dense specification, which itself meets plain causal attention."""
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pact_kernels.prefix_tree import PrefixTree
-from pact_kernels.tree_attention import tiled
+from pact_kernels.tree_attention import api, tiled
 from pact_kernels.tree_attention.api import tree_attention
 from pact_kernels.tree_attention.reference import tree_attention_reference
+
+
+BACKENDS = ("torch", "triton", "flash")
 
 
 def group(prompt, context, responses, seed=0):
@@ -155,14 +159,27 @@ def test_plan_is_made_once_and_dies_with_the_tree():
     assert len(tiled.PLANS) == n_plans
 
 
+def test_auto_takes_the_cascade_for_long_paths_that_branch_seldom(monkeypatch):
+    taken = []
+    for name in ("tree_flash", "tree_tiled"):
+        run = getattr(api, name)
+        monkeypatch.setattr(api, name, lambda *x, name=name, run=run: taken.append(name) or run(*x))
+    for sequences in (group(600, 600, [200]), group(600, 600, [2] * 50), group(200, 100, [150])):
+        tree = PrefixTree.from_sequences(sequences)
+        (q, k, v), _ = inputs(len(tree), 1, 1, 8)
+        tree_attention(q, k, v, tree)
+    assert taken == ["tree_flash", "tree_tiled", "tree_tiled"]
+
+
 def test_bad_input_is_one_clear_error():
     tree = PrefixTree.from_sequences([[1, 2, 3], [1, 4]])
     (q, k, v), _ = inputs(4, 4, 2, 8)
     with pytest.raises(ValueError, match="unknown backend 'sdpa'"):
         tree_attention(q, k, v, tree, backend="sdpa")
-    for backend in ("triton", "flash"):
-        with pytest.raises(RuntimeError, match=f"no {backend} kernel"):
-            tree_attention(q, k, v, tree, backend=backend)
+    not_a_tree = replace(tree, subtree_end=torch.tensor([3, 4, 3, 4], dtype=torch.int32))
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match=r"subtree_end is no tree.*PrefixTree.from_sequences"):
+            tree_attention(q, k, v, not_a_tree, backend=backend)
     with pytest.raises(TypeError, match="one floating dtype"):
         tree_attention(q, k, v.double(), tree)
     with pytest.raises(ValueError, match="Hkv dividing Hq"):

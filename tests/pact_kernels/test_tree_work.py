@@ -49,7 +49,7 @@ def test_keys_of_query_tiles(sequences, blocks) -> None:
     lists = KEY_LISTS.of(end, *blocks)
     start = lists.start.tolist()
     rows = list(zip(range(len(start)), start, lists.middle.tolist(), start[1:]))
-    assert listed(rows, lists.index, False) == expected(end, *blocks)
+    assert listed(rows, lists.items, False) == expected(end, *blocks)
 
 
 @given(SEQUENCES, BLOCKS, st.integers(1, 5), st.sampled_from([1, 4, 1000]))
@@ -57,7 +57,7 @@ def test_queries_of_key_tiles_in_pieces(sequences, blocks, least, pieces) -> Non
     end = PrefixTree.from_sequences(sequences).subtree_end
     made, wanted = QUERY_PIECES.of(end, *blocks, least, pieces), expected(end, *blocks)
     rows = list(zip(*(column.tolist() for column in made[:4])))
-    assert listed(rows, made.index, True) == wanted
+    assert listed(rows, made.items, True) == wanted
     longest = max(stop - begin for _, begin, _, stop in rows)
     assert longest <= max(least, -(-len(wanted) // pieces))
 
