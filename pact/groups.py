@@ -22,6 +22,7 @@ _CHOICES = {
     "ratio_reference": ("trace", "behavior"),
     "loss_norm": ("token", "sequence", "constant"),
     "head_backend": ("auto", *NAMES["linear_cotrain_loss"]),
+    "attention_backend": ("auto", *NAMES["tree_attention"]),
 }
 
 
@@ -54,6 +55,7 @@ class PactConfig:
         context_length: most tokens of a sequence (the model's ``max_position_embeddings``). A prompt whose
             trace-conditioned sequence is longer takes the prompt-only branch; any other longer sequence is an error.
         head_backend: backend of the LM-head losses and log-probs: "auto", "triton" or "torch".
+        attention_backend: backend of the tree attention: "auto", "triton", "flash" or "torch".
 
     Raises:
         ValueError: naming the field that cannot be.
@@ -77,6 +79,7 @@ class PactConfig:
     norm_length: float = 1024.0
     context_length: int | None = None
     head_backend: str = "auto"
+    attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

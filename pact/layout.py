@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -73,19 +75,41 @@ class ForwardPlan:
         return np.split(values.double().cpu().numpy(), np.cumsum([len(path.at) for path in self.paths])[:-1])
 
 
-def plan_forwards(groups: Sequence[Sequence[Path]], budget: int | None, one_pass: bool) -> list[ForwardPlan]:
-    """Pack the paths of all groups into forwards of at most ``budget`` tokens (see ``plan_trees``)."""
-    packed = plan_trees([[path.ids for path in paths] for paths in groups], budget, shared=one_pass)
-    return [_plan([groups[g][p] for g, p in members], members, one_pass) for members in packed]
+class Trees:
+    """The trees made last, found by their sequences: made again they would be equal, but attention would plan anew."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self.capacity = capacity
+        self._kept: OrderedDict[bytes, PrefixTree] = OrderedDict()
+
+    def of(self, sequences: Sequence[Ids]) -> PrefixTree:
+        """The tree of ``sequences``; the one used longest ago makes room."""
+        lengths = np.array([len(ids) for ids in sequences])
+        key = blake2b(lengths.tobytes() + np.concatenate(sequences).tobytes()).digest()
+        if key not in self._kept:
+            self._kept[key] = PrefixTree.from_sequences(sequences)
+        self._kept.move_to_end(key)
+        if len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)
+        return self._kept[key]
 
 
-def _plan(paths: list[Path], members: list[tuple[int, int]], one_pass: bool) -> ForwardPlan:
+def plan_forwards(groups: Sequence[Sequence[Path]], budget: int | None, trees: Trees | None) -> list[ForwardPlan]:
+    """Pack the paths of all groups into forwards of at most ``budget`` tokens (see ``plan_trees``).
+
+    ``trees``: where the prefix trees come from; None: dense passes.
+    """
+    packed = plan_trees([[path.ids for path in paths] for paths in groups], budget, shared=trees is not None)
+    return [_plan([groups[g][p] for g, p in members], members, trees) for members in packed]
+
+
+def _plan(paths: list[Path], members: list[tuple[int, int]], trees: Trees | None) -> ForwardPlan:
     """Token t of a path is predicted at token t - 1 of the same path, wherever the layout puts that."""
     length = np.array([len(path.ids) for path in paths])
     offset = np.cumsum(length) - length
     rows = torch.from_numpy(np.concatenate([begin + path.at - 1 for begin, path in zip(offset, paths)]))
     target = torch.from_numpy(np.concatenate([path.target for path in paths]))
-    tree = PrefixTree.from_sequences([path.ids for path in paths]) if one_pass else None
+    tree = None if trees is None else trees.of([path.ids for path in paths])
     return ForwardPlan(members, paths, tree, rows if tree is None else torch.cat(tree.index)[rows], target)
 
 

@@ -27,15 +27,29 @@ _LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier":
 
 @dataclass
 class _TreePass:
-    """One forward of a tree, and how many attention layers have seen it."""
+    """One forward of a tree by a backend of ``tree_attention``, and how many attention layers have seen it."""
 
     tree: PrefixTree
+    backend: str
     n_calls: int = 0
 
 
 # Set while a tree's forward runs. Recomputation under activation checkpointing comes later, in backward: it finds the
-# tree in the layer's keyword arguments, not here.
+# pass in the layer's keyword arguments, not here.
 _current: ContextVar[_TreePass | None] = ContextVar("pact_tree_pass", default=None)
+
+
+class _Traced:
+    """The same for torch.compile, which cannot trace context variables and takes a thread-local for a constant."""
+
+    tree_pass: _TreePass | None = None
+
+
+_traced = _Traced()
+
+
+def _running() -> _TreePass | None:
+    return _traced.tree_pass if torch.compiler.is_compiling() else _current.get()
 
 
 @dataclass(frozen=True)
@@ -69,14 +83,19 @@ def attach_tree_attention(model: nn.Module) -> None:
         return
     reason = _refusal(lm)
     if reason:
-        raise ValueError(f"{type(lm).__name__} cannot take prefix trees: {reason}")
+        raise ValueError(
+            f"{type(lm).__name__} cannot take prefix trees: {reason}. A loop of your own can compute each sequence by "
+            "itself, with PactConfig(one_pass=False): the same loss for more tokens"
+        )
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, _mask)
     lm.set_attn_implementation(ATTENTION)
 
 
-def tree_hidden(model: nn.Module, tree: PrefixTree) -> Tensor:
+def tree_hidden(model: nn.Module, tree: PrefixTree, backend: str = "auto") -> Tensor:
     """Last hidden states (after the final norm) of every token of ``tree``, [L, H], differentiable.
+
+    ``backend`` is that of ``tree_attention``, which raises where it cannot run.
 
     Raises:
         RuntimeError: ``attach_tree_attention(model)`` has not been called, or a layer bypasses the tree attention.
@@ -90,14 +109,16 @@ def tree_hidden(model: nn.Module, tree: PrefixTree) -> Tensor:
     config = lm.config.get_text_config(decoder=True)
     segments = tree.segments
     _check_length(config, int((segments.depth + segments.end - segments.start).max()))
-    tree_pass = _TreePass(tree)
-    token = _current.set(tree_pass)
+    tree_pass = _TreePass(tree, backend)
+    token, before = _current.set(tree_pass), _traced.tree_pass
+    _traced.tree_pass = tree_pass
     try:
         output = _decoder(lm)(
-            input_ids=tree.input_ids[None], position_ids=tree.position_ids[None], use_cache=False, pact_tree=tree
+            input_ids=tree.input_ids[None], position_ids=tree.position_ids[None], use_cache=False, pact_tree=tree_pass
         )
     finally:
         _current.reset(token)
+        _traced.tree_pass = before
     if tree_pass.n_calls != config.num_hidden_layers:
         raise RuntimeError(
             f"{type(lm).__name__} sent {tree_pass.n_calls} of its {config.num_hidden_layers} layers through the tree "
@@ -109,12 +130,16 @@ def tree_hidden(model: nn.Module, tree: PrefixTree) -> Tensor:
 def dense_hidden(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
     """Last hidden states of each sequence on its own, a list of [len, H]: one right-padded batch, ordinary attention.
 
-    The explicit way without a tree. Padding needs no mask: under causal attention it lies after every real token.
+    The explicit way without a tree. Padding needs no mask: under causal attention it lies after every real token. With
+    RoPE that depends on the row's length (dynamic, longrope) there is no batch: each sequence is a row of its own.
     """
     lm = causal_lm(model)
     device = lm.device
     rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
-    _check_length(lm.config.get_text_config(decoder=True), max(row.numel() for row in rows))
+    config = lm.config.get_text_config(decoder=True)
+    _check_length(config, max(row.numel() for row in rows))
+    if len(rows) > 1 and _rope_refusal(getattr(config, "rope_parameters", None) or {}):
+        return [hidden for row in rows for hidden in dense_hidden(model, [row])]
     input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     hidden_BTH = _decoder(lm)(input_ids=input_ids, use_cache=False).last_hidden_state
     return [hidden_TH[: row.numel()] for hidden_TH, row in zip(hidden_BTH, rows)]
@@ -226,7 +251,7 @@ def _rope_refusal(rope: dict) -> str | None:
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Mask of our attention: none for a tree (no [L, L] tensor), that of sdpa otherwise."""
-    return None if _current.get() is not None else sdpa_mask(*args, **kwargs)
+    return None if _running() is not None else sdpa_mask(*args, **kwargs)
 
 
 def _attention(
@@ -235,11 +260,11 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    pact_tree: PrefixTree | None = None,
+    pact_tree: _TreePass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of the model: query [1, Hq, L, D], key and value [1, Hkv, L, D] -> [1, L, Hq, D]."""
-    tree_pass = _current.get()
+    tree_pass = _running()
     if pact_tree is None:
         if tree_pass is not None:
             raise RuntimeError(
@@ -251,7 +276,7 @@ def _attention(
     scale = kwargs.pop("scaling", None)
     _check_arguments(module, attention_mask, kwargs)
     q_LHD, k_LHD, v_LHD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return tree_attention(q_LHD, k_LHD, v_LHD, pact_tree, scale=scale)[None], None
+    return tree_attention(q_LHD, k_LHD, v_LHD, pact_tree.tree, scale=scale, backend=pact_tree.backend)[None], None
 
 
 def _check_arguments(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:

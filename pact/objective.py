@@ -27,7 +27,7 @@ from pact.groups import (
     count_denominators,
     supervised_components,
 )
-from pact.layout import ForwardPlan, Path, plan_forwards, terms_of
+from pact.layout import ForwardPlan, Path, Trees, plan_forwards, terms_of
 from pact.metrics import add_metrics, flatten_metrics
 from pact.modeling import attach_tree_attention, dense_hidden, lm_head, tree_hidden
 from pact.schedules import check_progress, linear, reasoning_weights
@@ -64,10 +64,15 @@ class CoTrainBatch:
 
 
 class PactObjective:
-    """The loss of PACT under one configuration. Holds no state: everything follows from its arguments."""
+    """The loss of PACT under one configuration: everything follows from its arguments.
+
+    The trees it made last are kept, with what attention planned for them: the same groups come back for old and
+    reference log-probs and for several optimiser steps.
+    """
 
     def __init__(self, config: PactConfig | None = None) -> None:
         self.config = config or PactConfig()
+        self._trees = Trees()
 
     def denominators(self, groups: Sequence[Group]) -> Denominators:
         """Z and Z_sft of ``groups``. Add them over accumulation steps and processes, then hand the sum to ``build``."""
@@ -125,7 +130,7 @@ class PactObjective:
                 paths[g] += self._sft_paths(group, progress, denominators.sft, monitor, f"group {g}")
         batches = []
         counted: set[int] = set()
-        for plan in plan_forwards(paths, config.token_budget, config.one_pass):
+        for plan in plan_forwards(paths, config.token_budget, self._trees if config.one_pass else None):
             here = sorted({g for g, _ in plan.members} - counted)
             counted.update(here)
             counts = _counts(plan, [(groups[g], shares[g]) for g in here], config)
@@ -301,7 +306,7 @@ class PactObjective:
 
     def _score(self, model: nn.Module, paths: Sequence[Sequence[Path]]) -> Iterator[tuple[int, int, NDArray]]:
         """(group, path, log-probs of the path's targets) for every path, tree by tree."""
-        for plan in plan_forwards(paths, self.config.token_budget, self.config.one_pass):
+        for plan in plan_forwards(paths, self.config.token_budget, self._trees if self.config.one_pass else None):
             hidden = self._hidden(model, plan)
             head = lm_head(model)
             logp = linear_logprob(
@@ -322,7 +327,7 @@ class PactObjective:
         if plan.tree is None:
             return torch.cat(dense_hidden(model, [torch.from_numpy(path.ids).to(device) for path in plan.paths]))
         attach_tree_attention(model)
-        return tree_hidden(model, plan.tree.to(device))
+        return tree_hidden(model, plan.tree.to(device), self.config.attention_backend)
 
 
 def _prefix(group: Group, branch: str) -> NDArray[np.int64]:

@@ -61,6 +61,7 @@ class PrefixTree:
     index: list[Tensor] = field(repr=False)
     segments: Segments = field(repr=False)
     pairs: int
+    _copies: dict[torch.device, PrefixTree] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> PrefixTree:
@@ -99,15 +100,20 @@ class PrefixTree:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> PrefixTree:
-        """The same tree with its tensors on ``device``; ``segments`` stay on the CPU."""
-        packed = torch.cat(self.index).to(device)
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            subtree_end=self.subtree_end.to(device),
-            index=list(packed.split([path.numel() for path in self.index])),
-        )
+        """The same tree with its tensors on ``device``, copied once; ``segments`` stay on the CPU."""
+        device = torch.empty(0, device=device).device  # "cuda" is the current one of them
+        if device == self.input_ids.device:
+            return self
+        if device not in self._copies:
+            packed = torch.cat(self.index).to(device)
+            self._copies[device] = replace(
+                self,
+                input_ids=self.input_ids.to(device),
+                position_ids=self.position_ids.to(device),
+                subtree_end=self.subtree_end.to(device),
+                index=list(packed.split([path.numel() for path in self.index])),
+            )
+        return self._copies[device]
 
 
 def _pack(sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> tuple[np.ndarray, np.ndarray]:

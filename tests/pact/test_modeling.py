@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -85,10 +86,10 @@ def loss_of(head, hidden, paths):
     return total / 100
 
 
-def tree_loss(model):
+def tree_loss(model, backend="auto"):
     paths = sequences()
     tree = PrefixTree.from_sequences(paths)
-    hidden = tree_hidden(model, tree)
+    hidden = tree_hidden(model, tree, backend)
     return loss_of(lm_head(model), [hidden[index] for index in tree.index], paths)
 
 
@@ -101,6 +102,17 @@ def gradients(model, loss):
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpoint", "reentrant"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tree_equals_each_sequence_alone(family, checkpointing):
+    check_against_sequences_alone(family, checkpointing, "auto")
+
+
+@pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+def test_tree_equals_each_sequence_alone_with_every_backend(family, checkpointing, backend):
+    check_against_sequences_alone(family, checkpointing, backend)
+
+
+def check_against_sequences_alone(family, checkpointing, backend):
     model = build(family)
     stock = copy.deepcopy(model)
     alone = [stock.model(torch.tensor([path])).last_hidden_state[0] for path in sequences()]
@@ -110,7 +122,7 @@ def test_tree_equals_each_sequence_alone(family, checkpointing):
     attach_tree_attention(model)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-    loss = tree_loss(model)
+    loss = tree_loss(model, backend)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
     for name, grad in gradients(model, loss).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -240,6 +252,50 @@ REFUSED = {
 def test_models_a_tree_would_get_wrong_are_refused(reason):
     with pytest.raises(ValueError, match=f"cannot take prefix trees: .*{reason}"):
         attach_tree_attention(REFUSED[reason]())
+
+
+DENSE = {
+    **{reason: REFUSED[reason] for reason in REFUSED if "RoPE" in reason or "slid" in reason or "drops" in reason},
+    "softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, sliding_window=16)),
+    "sinks": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, sliding_window=16)),
+    "linear": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(**{**SIZES, "num_hidden_layers": 4}, head_dim=8, num_experts=16)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", DENSE)
+def test_the_dense_way_takes_refused_models(reason):
+    model = DENSE[reason]().eval()
+    paths = [path * 3 for path in sequences()]  # beyond the window and the original positions
+    paths = [path[: 20 + 25 * i] for i, path in enumerate(paths[:4])]
+    with torch.no_grad():
+        alone = [model.model(torch.tensor([path])).last_hidden_state[0] for path in paths]
+        for ours, expected in zip(dense_hidden(model, paths), alone):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_takes_trees_without_a_graph_break():
+    """Trees and plain calls in turn, of several lengths, compiled a few times at most."""
+    model, stock = build("qwen3"), build("qwen3")
+    for one in (model, stock):
+        attach_tree_attention(one)
+    torch._dynamo.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    model.model.compile(backend=counted, fullgraph=True)
+    for length in (5, 9, 30, 41, 50):
+        paths = [[*range(3, 20), *[20 + i] * length] for i in range(4)]
+        tree = PrefixTree.from_sequences(paths)
+        hidden, expected = (tree_hidden(one, tree) for one in (model, stock))
+        torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-6)
+        for one, h in ((model, hidden), (stock, expected)):
+            one.zero_grad()
+            h.pow(2).sum().backward()
+        for (name, mine), wanted in zip(model.model.named_parameters(), stock.model.parameters()):
+            torch.testing.assert_close(mine.grad, wanted.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        ids = torch.tensor([paths[0]])
+        torch.testing.assert_close(model.model(ids).last_hidden_state, stock.model(ids).last_hidden_state)
+    assert counted.frame_count <= 4
 
 
 def test_a_window_longer_than_the_positions_is_no_window():

@@ -11,12 +11,14 @@ from dense_oracle import gradients, loss_and_gradients, prompt_of, token_logprob
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import VOCAB, make_config, make_group, make_groups, make_model, reference_of, with_logprobs
+from transformers import MistralConfig, MistralForCausalLM
 
 from pact.groups import branch_weights
 from pact.objective import Denominators, Group, PactConfig, PactObjective, Rollout, add_metrics, flatten_metrics
 from pact.trace import Component, TokenizedTrace
 from pact_kernels import linear_logprob
 from pact_kernels.terms import PROMPT_BRANCH, RL, SFT, TRACE_BRANCH
+from pact_kernels.tree_attention.tiled import PLANS
 
 # The norms of transformers compute in float32 even in a float64 model, hence not tighter.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
@@ -103,6 +105,30 @@ def test_equals_the_oracle_with_the_triton_head(models, case):
     compare(models, "llama", torch.float32, replace(config, head_backend="triton"), progress, old)
 
 
+@pytest.mark.parametrize("case", ["paper", "mixture, behavior"])
+@pytest.mark.parametrize("attention", ["triton", "flash"])
+def test_equals_the_oracle_with_every_attention(models, case, attention):
+    config, progress, old = CASES[case]
+    compare(models, "qwen3", torch.float32, replace(config, attention_backend=attention), progress, old)
+
+
+def test_log_probs_and_later_steps_reuse_the_tree_and_its_plan(models):
+    model, _ = models["qwen3", torch.float32]
+    groups = make_groups()
+    objective = PactObjective(make_config(sft_coef=0.0, anchor_q=1.0, attention_backend="torch"))
+    objective.assign_branches(groups)
+    n_plans = len(PLANS)
+    objective.attach_logprobs(model, groups, "old_logp")
+    objective.attach_logprobs(model, groups, "ref_logp")
+    trees = set()
+    for progress in (0.0, 0.5):
+        for batch in objective.build(groups, progress):
+            trees.add(id(batch.tree))
+            objective.loss(model, batch).loss.backward()
+    assert len(trees) == 1
+    assert len(PLANS) == n_plans + 1
+
+
 @pytest.mark.parametrize("case", ["paper", "mixture"])
 def test_equals_the_oracle_with_tied_embeddings(models, case):
     compare(models, "llama", torch.float64, *CASES[case])
@@ -186,6 +212,22 @@ def test_random_groups_equal_the_oracle(models, seed, n_groups, progress, fixed,
 
 
 # -- branches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchor_mode", ["sample", "mixture"])
+def test_a_model_that_no_tree_fits_has_the_same_loss_the_dense_way(anchor_mode):
+    """A window shorter than the sequences."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(vocab_size=VOCAB, **sizes, num_key_value_heads=2, sliding_window=8)
+    ).double()
+    dense, config = make_config(anchor_mode=anchor_mode, one_pass=False), make_config(anchor_mode=anchor_mode)
+    groups = with_logprobs(reference_of(model), make_groups(anchor_mode), dense)
+    with pytest.raises(ValueError, match="slides over 8 tokens"):
+        run(model, groups, config, 0.3)
+    expected = loss_and_gradients(reference_of(model), groups, dense, 0.3)
+    assert_same(run(model, groups, dense, 0.3), expected, EXACT)
 
 
 def test_a_trace_over_the_context_takes_the_prompt_branch(models):

@@ -203,6 +203,12 @@ def test_equal_rewards_warn_and_train(tmp_path, monkeypatch):
     assert trainer.state.log_history[0]["reward_equal"] == 1.0
 
 
+def test_a_model_that_no_tree_fits_is_refused_before_the_first_step(tmp_path):
+    model = tiny_model(toybox().tokenizer(), model_type="mistral", sliding_window=16)
+    with pytest.raises(ValueError, match=r"slides over 16 tokens.*PactConfig\(one_pass=False\)"):
+        make_trainer(tmp_path, model=model)
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     env = toybox()
     tokenizer = env.tokenizer()

@@ -14,7 +14,6 @@ from pact_kernels.tree_attention import api, tiled
 from pact_kernels.tree_attention.api import tree_attention
 from pact_kernels.tree_attention.reference import tree_attention_reference
 
-
 BACKENDS = ("torch", "triton", "flash")
 
 

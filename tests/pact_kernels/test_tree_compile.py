@@ -1,4 +1,4 @@
-"""Tree attention of every backend under torch.compile and activation checkpointing: the same numbers, no graph break."""
+"""Tree attention of every backend under torch.compile and activation checkpointing: same numbers, no graph break."""
 
 from __future__ import annotations
 
