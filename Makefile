@@ -21,9 +21,10 @@ train: setup
 test: setup
 	$(PYTHON) -m pytest
 
-# 10,000 random cases of the head kernels; most of an hour on two cores without a GPU.
+# 10,000 random cases of the head kernels and of the tree kernels; two to three hours on two cores without a GPU.
 sweep: setup
 	$(PYTHON) tests/pact_kernels/head_sweep.py --cases 10000
+	$(PYTHON) tests/pact_kernels/tree_sweep.py --cases 10000
 
 lint: setup
 	$(PYTHON) -m ruff check .
@@ -31,11 +32,23 @@ lint: setup
 	$(PYTHON) -m mypy
 
 bench: setup
-	$(PYTHON) -m pytest benchmarks/prefix_tree.py benchmarks/head.py --benchmark-only
+	$(PYTHON) -m pytest benchmarks/prefix_tree.py benchmarks/head.py benchmarks/tree_attention.py --benchmark-only
 	$(PYTHON) benchmarks/head.py
+	$(PYTHON) benchmarks/tree_attention.py
 	$(PYTHON) benchmarks/one_pass.py --shape cpu
 
-# Needs torch, triton and pytest alone, this package not installed. Every kernel for correctness, then the benchmarks.
+# Needs torch, triton, transformers and pytest, this package not installed. PART=1: every kernel for correctness. PART=2:
+# the operations beside their peers. PART=3: the whole update step. Without PART: all of them.
+KERNEL_TESTS := tests/gpu $(addprefix tests/pact_kernels/test_,$(addsuffix .py,linear_logprob_triton cotrain_loss_triton tree_attention_triton tree_compile))
 gpu: setup
-	$(PYTHON) -m pytest tests/gpu tests/pact_kernels/test_linear_logprob_triton.py tests/pact_kernels/test_cotrain_loss_triton.py
+ifneq ($(filter-out 2 3,$(or $(PART),1)),)
+	$(PYTHON) -m pytest $(KERNEL_TESTS)
+endif
+ifneq ($(filter-out 1 3,$(or $(PART),2)),)
 	PYTHONPATH=. $(PYTHON) benchmarks/head.py
+	PYTHONPATH=. $(PYTHON) benchmarks/tree_attention.py
+	PYTHONPATH=. $(PYTHON) benchmarks/tree_attention.py --growth
+endif
+ifneq ($(filter-out 1 2,$(or $(PART),3)),)
+	PYTHONPATH=. $(PYTHON) benchmarks/one_pass.py --shape 4b
+endif

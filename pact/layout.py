@@ -76,9 +76,12 @@ class ForwardPlan:
 
 
 class Trees:
-    """The trees made last, found by their sequences: made again they would be equal, but attention would plan anew."""
+    """The trees made last, found by their sequences: made again they would be equal, but attention would plan anew.
 
-    def __init__(self, capacity: int = 64) -> None:
+    ``capacity``: how many are kept; with them the plans, of at most some MiB each.
+    """
+
+    def __init__(self, capacity: int = 32) -> None:
         self.capacity = capacity
         self._kept: OrderedDict[bytes, PrefixTree] = OrderedDict()
 

@@ -21,7 +21,7 @@ from pact_kernels.tree_attention.plans import Plans
 # branches (about TILE / mean path of the work), a short one gathers the same keys more often.
 SHORT_TILE, LONG_TILE, LONG_PATH = 64, 128, 512
 BATCH_KEYS = 4096  # gathered key rows of one batch: bounds the scratch memory and keeps the batch near the caches
-MASK_CACHE_BYTES = 128 * 2**20  # bool masks of a whole tree are kept for all layers up to here, else rebuilt
+MASK_CACHE_BYTES = 8 * 2**20  # bool masks of a whole tree are kept up to here, as long as the tree; else rebuilt
 
 
 @dataclass(frozen=True)

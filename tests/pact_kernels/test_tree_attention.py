@@ -3,37 +3,16 @@
 import gc
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import BACKENDS, group, inputs, output_and_gradients
 
 from pact_kernels.prefix_tree import PrefixTree
 from pact_kernels.tree_attention import api, tiled
 from pact_kernels.tree_attention.api import tree_attention
 from pact_kernels.tree_attention.reference import tree_attention_reference
-
-BACKENDS = ("torch", "triton", "flash")
-
-
-def group(prompt, context, responses, seed=0):
-    """Sequences of one prompt group: every response below the prompt alone and below prompt and context."""
-    random = np.random.default_rng(seed)
-    x, c, *ys = [random.integers(0, 50, n).tolist() for n in (prompt, context, *responses)]
-    return [x + y for y in ys] + [x + c + y for y in ys]
-
-
-def inputs(length, heads, kv_heads, dim, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(length, heads, dim), (length, kv_heads, dim), (length, kv_heads, dim), (length, heads, dim)]
-    q, k, v, grad_out = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    return [x.requires_grad_() for x in (q, k, v)], grad_out
-
-
-def output_and_gradients(attention, qkv, grad_out):
-    out = attention(*qkv)
-    return [out.detach(), *torch.autograd.grad(out, qkv, grad_out)]
 
 
 def compare(sequences, heads=4, kv_heads=2, dim=16, dtype=torch.float32, scale=None):

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DEVICE, assert_within
-from test_tree_attention import group, inputs, output_and_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from trees import group, inputs, output_and_gradients
 
 from pact_kernels.prefix_tree import PrefixTree
 from pact_kernels.tree_attention import flash, providers

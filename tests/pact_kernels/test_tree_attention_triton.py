@@ -4,79 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import DEVICE, assert_within
-from test_tree_attention import group, inputs, output_and_gradients
+from oracles import DEVICE
+from trees import TREES, check, check_tree, group, inputs, output_and_gradients
 
 from pact_kernels.prefix_tree import PrefixTree
+from pact_kernels.tiles import TREE_TILES, TreeTile, TreeTiles
 from pact_kernels.tree_attention import ops
 from pact_kernels.tree_attention.api import tree_attention
-from pact_kernels.tree_attention.reference import tree_attention_reference, visible
-
-EPS = torch.finfo(torch.float32).eps
-
-
-def check(sequences, heads=4, kv_heads=2, dim=16, dtype=torch.float32, scale=None) -> None:
-    """`check_tree` of a tree of these sequences."""
-    check_tree(PrefixTree.from_sequences(sequences).to(DEVICE), heads, kv_heads, dim, dtype, scale)
-
-
-def check_tree(
-    tree, heads, kv_heads, dim, dtype, scale=None, backend="triton", seed=0, turned=False, of_sums=False
-) -> None:
-    """Output and gradients: twice the error of the dense formula in the input's dtype, plus rounding.
-
-    ``turned``: operands as models hand them over, head by head in memory. ``of_sums``: rounding is relative to the sums
-    behind a result and not to it, for random trees: of one token, say, dQ is 0 and the dense formula exact by luck.
-    """
-    qkv, grad_out = inputs(len(tree), heads, kv_heads, dim, dtype, seed)
-    qkv, grad_out = [x.detach().to(DEVICE) for x in qkv], grad_out.to(DEVICE)
-    if turned:
-        *qkv, grad_out = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (*qkv, grad_out))
-    qkv = [x.requires_grad_() for x in qkv]
-    exact_qkv = [x.detach().double().requires_grad_() for x in qkv]
-
-    def dense(q, k, v):
-        return tree_attention_reference(q, k, v, tree.subtree_end, scale)
-
-    exact = output_and_gradients(dense, exact_qkv, grad_out.double())
-    plain = output_and_gradients(dense, qkv, grad_out)
-    mine = output_and_gradients(
-        lambda q, k, v: tree_attention(q, k, v, tree, scale=scale, backend=backend), qkv, grad_out
-    )
-    sizes = sums_behind(*exact_qkv, grad_out.double(), tree.subtree_end, scale) if of_sums else exact
-    for name, got, same, wanted, size in zip(("out", "dq", "dk", "dv"), mine, plain, exact, sizes):
-        assert got.dtype == dtype
-        rounding = (2 if of_sums else 4) * torch.finfo(dtype).eps * max(1.0, size.abs().max().item())
-        assert_within(name, got, same, wanted, rounding)
-
-
-def sums_behind(q, k, v, grad_out, subtree_end, scale) -> list[torch.Tensor]:
-    """What output and gradients would be with all factors positive, times the largest score: a softmax is off by the
-    rounding of its scores."""
-    group = q.shape[1] // k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_LHD, v_LHD = (x.detach().repeat_interleave(group, 1) for x in (k, v))
-    hidden = ~visible(subtree_end)
-    score = scale * torch.einsum("qhd,khd->hqk", q.detach(), k_LHD)
-    p = score.masked_fill(hidden, -torch.inf).softmax(-1)
-    q, k_LHD, v_LHD, grad_out = (x.detach().abs() for x in (q, k_LHD, v_LHD, grad_out))
-    out = torch.einsum("hqk,khd->qhd", p, v_LHD)
-    delta = (out * grad_out).sum(-1).T[..., None]
-    ds = abs(scale) * p * (torch.einsum("qhd,khd->hqk", grad_out, v_LHD) + delta)
-    dk, dv = torch.einsum("hqk,qhd->khd", ds, q), torch.einsum("hqk,qhd->khd", p, grad_out)
-    dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
-    return [(1 + score.abs().max()) * x for x in (out, torch.einsum("hqk,khd->qhd", ds, k_LHD), dk, dv)]
-
-
-TREES = {
-    "one token": [[1]],
-    "one path": [[1] * 70],
-    "a group": group(37, 21, [50, 9, 33]),
-    "siblings at offset 57 of a block": [[1] * 57 + [i] * 20 for i in range(2, 6)],
-    "roots in a row": [[i] * n for i, n in enumerate((1, 31, 32, 33, 64, 5))],
-    "short siblings": [[1, 2, 3, i] for i in range(40)],
-    "deep": [[*range(d * 4), 99 - d] for d in range(8)],
-}
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -107,11 +41,54 @@ def test_strides_do_not_matter() -> None:
     )
 
 
-def test_operator_registration() -> None:
-    tree = PrefixTree.from_sequences(TREES["a group"][:2]).to(DEVICE)
-    qkv, _ = inputs(len(tree), 4, 2, 16)
-    qkv = [x.detach().to(DEVICE).requires_grad_() for x in qkv]
-    torch.library.opcheck(ops.tree_triton, (*qkv, tree.subtree_end, 0.25))
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
+def test_any_scale(scale: float) -> None:
+    check_tree(PrefixTree.from_sequences(TREES["a group"]).to(DEVICE), 2, 1, 16, torch.float32, scale, of_sums=True)
+
+
+def test_pieces_of_a_prompt_add_up_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries of a key tile in pieces of one tile each, joined in order."""
+    tree = PrefixTree.from_sequences(TREES["a group"]).to(DEVICE)
+    monkeypatch.setattr(ops, "PIECE_TILES", 1)
+    monkeypatch.setattr(ops, "PIECES", 10**6)
+    check_tree(tree, 4, 2, 24, torch.float32)
+    qkv, grad_out = inputs(len(tree), 4, 2, 16)
+    qkv, grad_out = [x.detach().to(DEVICE).requires_grad_() for x in qkv], grad_out.to(DEVICE)
+    first, again = (
+        output_and_gradients(lambda *x: tree_attention(*x, tree, backend="triton"), qkv, grad_out) for _ in range(2)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(first, again))
+
+
+@pytest.mark.parametrize("dim", [16, 20])
+def test_nothing_beyond_the_rows_and_columns_is_read(dim: int) -> None:
+    """The operands lie in a larger buffer of NaN; what nobody wrote of the results is NaN too (conftest)."""
+    tree = PrefixTree.from_sequences(TREES["siblings at offset 57 of a block"]).to(DEVICE)
+    qkv, grad_out = inputs(len(tree), 2, 1, dim)
+    qkv, grad_out = [x.detach().to(DEVICE) for x in qkv], grad_out.to(DEVICE)
+
+    def poisoned(x: torch.Tensor) -> torch.Tensor:
+        length, heads, width = x.shape
+        room = x.new_full((length + 128, heads + 1, width + 12), torch.nan)
+        room[:length, :heads, :width] = x
+        return room[:length, :heads, :width]
+
+    def run(*operands: torch.Tensor) -> list[torch.Tensor]:
+        *qkv, grad_out = operands
+        qkv = [x.detach().requires_grad_() for x in qkv]
+        return output_and_gradients(lambda *x: tree_attention(*x, tree, backend="triton"), qkv, grad_out)
+
+    plain, mine = run(*qkv, grad_out), run(*(poisoned(x) for x in (*qkv, grad_out)))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(mine, plain))
+
+
+def test_several_thousand_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tiles in the interpreter, which takes as long for a small one."""
+    tile = TreeTile(128, 128, 4, 1)
+    monkeypatch.setitem(TREE_TILES["interpreter"], 4, {256: TreeTiles(tile, tile, tile)})
+    sequences = group(500, 300, [700, 90, 333])
+    assert len(PrefixTree.from_sequences(sequences)) > 3000
+    check(sequences, heads=1, kv_heads=1, dim=16)
 
 
 def test_bad_input() -> None:

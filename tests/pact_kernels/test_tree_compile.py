@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import DEVICE
-from test_tree_attention import BACKENDS, group, inputs, output_and_gradients
 from torch.utils.checkpoint import checkpoint
+from trees import BACKENDS, group, inputs, output_and_gradients
 
 from pact_kernels.prefix_tree import PrefixTree
 from pact_kernels.tree_attention import flash, ops, tiled, tree_attention, work

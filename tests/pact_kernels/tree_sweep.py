@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from oracles import DEVICE
 from sweeping import main, sweep
-from test_tree_attention_triton import check_tree
+from trees import check_tree
 
 from pact_kernels.prefix_tree import PrefixTree
 from pact_kernels.tiles import TREE_TILES, TreeTile, TreeTiles
