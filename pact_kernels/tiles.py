@@ -71,7 +71,11 @@ def _square(block: int, num_warps: int, num_stages: int) -> TreeTiles:
 
 
 # float32 dots without tensor cores hold whole rows in registers: few elements a thread, or they spill.
-_FLOAT32 = {64: _square(32, 8, 2), 128: _square(32, 16, 2), 256: _square(32, 16, 1)}
+_FLOAT32 = {
+    64: _square(32, 8, 2),
+    128: _square(32, 16, 2),
+    256: replace(_square(32, 16, 1), dq=TreeTile(32, 16, 16, 1)),
+}
 _HOPPER = {
     64: TreeTiles(TreeTile(128, 128, 8, 3), TreeTile(128, 64, 8, 3), TreeTile(64, 128, 8, 3)),
     128: TreeTiles(TreeTile(128, 64, 8, 3), TreeTile(128, 64, 8, 2), TreeTile(32, 128, 8, 3)),
@@ -89,7 +93,14 @@ TREE_TILES: dict[str, dict[int, dict[int, TreeTiles]]] = {
         4: _FLOAT32,
     },
     "sm_90": {2: _HOPPER, 4: _FLOAT32},
-    "sm_100": {2: _HOPPER, 4: _FLOAT32},
+    "sm_100": {
+        2: {
+            64: replace(_HOPPER[64], dkv=TreeTile(64, 64, 8, 3)),
+            128: replace(_HOPPER[128], dkv=TreeTile(32, 64, 8, 3)),
+            256: replace(_HOPPER[256], forward=TreeTile(64, 64, 8, 2)),
+        },
+        4: _FLOAT32,
+    },
     "gfx942": {
         2: {
             64: _square(64, 4, 1),
