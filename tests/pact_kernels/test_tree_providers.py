@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_tree_attention_flash import TREES, within_the_rule
+from test_tree_attention_flash import TREES, turned, within_the_rule
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
