@@ -55,7 +55,8 @@ class PactConfig:
         context_length: most tokens of a sequence (the model's ``max_position_embeddings``). A prompt whose
             trace-conditioned sequence is longer takes the prompt-only branch; any other longer sequence is an error.
         head_backend: backend of the LM-head losses and log-probs: "auto", "triton" or "torch".
-        attention_backend: backend of the tree attention: "auto", "triton", "flash" or "torch".
+        attention_backend: backend of the tree attention: "auto", "triton", "flash" or "torch"; the
+            dense way (``one_pass=False``) does not use it.
 
     Raises:
         ValueError: naming the field that cannot be.

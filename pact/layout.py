@@ -78,11 +78,11 @@ class ForwardPlan:
 class Trees:
     """The trees made last, found by their sequences: made again they would be equal, but attention would plan anew.
 
-    ``capacity``: how many are kept; with them the plans, of at most some MiB each.
+    ``tokens``: of all trees that are kept, the last one aside. A plan takes up to about 1.5 KB a token.
     """
 
-    def __init__(self, capacity: int = 32) -> None:
-        self.capacity = capacity
+    def __init__(self, tokens: int = 2**18) -> None:
+        self.tokens = tokens
         self._kept: OrderedDict[bytes, PrefixTree] = OrderedDict()
 
     def of(self, sequences: Sequence[Ids]) -> PrefixTree:
@@ -92,7 +92,7 @@ class Trees:
         if key not in self._kept:
             self._kept[key] = PrefixTree.from_sequences(sequences)
         self._kept.move_to_end(key)
-        if len(self._kept) > self.capacity:
+        while len(self._kept) > 1 and sum(map(len, self._kept.values())) > self.tokens:
             self._kept.popitem(last=False)
         return self._kept[key]
 

@@ -66,8 +66,8 @@ class CoTrainBatch:
 class PactObjective:
     """The loss of PACT under one configuration: everything follows from its arguments.
 
-    The trees it made last are kept, with what attention planned for them: the same groups come back for old and
-    reference log-probs and for several optimiser steps.
+    The trees it made last are kept (up to 2^18 tokens), with what attention planned for them: the same sequences come
+    back when old and then reference log-probs are computed, and in several optimiser steps on the same groups.
     """
 
     def __init__(self, config: PactConfig | None = None) -> None:

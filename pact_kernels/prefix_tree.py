@@ -95,6 +95,9 @@ class PrefixTree:
             pairs=int(position.sum()) + position.size,
         )
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_copies": {}}  # what is pickled or copied needs no device
+
     def __len__(self) -> int:
         """Number of tokens ``L`` stored."""
         return self.input_ids.numel()

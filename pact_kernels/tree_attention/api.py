@@ -45,7 +45,7 @@ def tree_attention(
         require_triton("tree_attention", q.device)
     _check_layout(q, k, v, tree)
     if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        q, k, v = (_autocast(x) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise TypeError(f"tree_attention needs q, k, v of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -63,6 +63,12 @@ def _automatic(q: Tensor, tree: PrefixTree) -> str:
     return "flash" if tree.pairs >= LONG_PATH * len(tree) else "torch"
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """As torch's sdpa under autocast: float64 and integers stay what they are."""
+    casts = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if casts else x
+
+
 def _run_triton(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, scale: float) -> Tensor:
     """The custom operators; imported here, so that the package does not need Triton."""
     from pact_kernels.tree_attention.ops import tree_triton
@@ -77,11 +83,17 @@ def _run_triton(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, scale: float)
 
 
 def _check_layout(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree) -> None:
-    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
+    if not isinstance(tree, PrefixTree):
+        raise TypeError(f"tree_attention needs a PrefixTree (PrefixTree.from_sequences), got a {type(tree).__name__}")
+    fit = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2]
+    if not fit or 0 in q.shape[1:] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"tree_attention needs q [L, Hq, D] and k, v [L, Hkv, D] with Hkv dividing Hq, got {shapes}")
-    if q.shape[0] != len(tree):
-        raise ValueError(f"tree_attention: q has {q.shape[0]} rows but the tree has {len(tree)} tokens")
+    if not q.shape[0] == len(tree) == tree.subtree_end.numel():
+        raise ValueError(
+            f"tree_attention: q has {q.shape[0]} rows but the tree has {len(tree)} tokens and "
+            f"{tree.subtree_end.numel()} subtree ends; build q from the tree's own input_ids"
+        )
     devices = {str(x.device) for x in (q, k, v, tree.subtree_end)}
     if len(devices) > 1:
         raise ValueError(

@@ -66,6 +66,7 @@ PLANS = Plans(cascade)
 
 def forward(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, merged in at least float32 and rounded once more than the provider does."""
+    q, scale = positive_scale(q, scale)
     provider, pieces = provider_for(q), PLANS.of(subtree_end)
     out, lse = empty_like(q), lse_like(q)
     for piece in pieces:
@@ -76,6 +77,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float) 
         else:
             merge(out, lse, piece.queries, part, part_lse)
     return out.to(q.dtype), lse
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries and a scale above 0 with the same scores: the providers mask with -inf before they multiply by it."""
+    if scale > 0:
+        return q, scale
+    return (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
 
 
 def merge(out_LHD: Tensor, lse_HL: Tensor, rows: Rows, part_NHD: Tensor, part_lse_HN: Tensor) -> None:
@@ -99,6 +107,10 @@ def backward(
     dS = P (dO V^T - rowsum(dO O)) are those of the whole row, for the keys of the piece. The sum is in at least float32
     and rounded once; the GPU providers round each piece's share to 16 bits before.
     """
+    if scale <= 0:
+        same_q, one = positive_scale(q, scale)
+        dq, dk, dv = backward(dout, same_q, k, v, out, lse, subtree_end, one)
+        return (dq.neg_(), dk, dv) if scale < 0 else (dq.zero_(), dk.zero_(), dv)
     provider, pieces = provider_for(q), PLANS.of(subtree_end)
     totals = [empty_like(x) for x in (q, k, v)]
     for piece in pieces:
@@ -110,26 +122,9 @@ def backward(
             continue
         for total, where, part in zip(totals, (queries, keys, keys), parts):
             put(total, where, take(total, where) + part)
+        del part, parts  # before the next call
     dq, dk, dv = (total.to(q.dtype) for total in totals)
     return dq, dk, dv
 
 
 tree_flash = differentiable("tree_flash", forward, backward)
-
-
-def flash_tree_attention(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float) -> Tensor:
-    """Attention of every token to its own path. Shapes and devices are the caller's to check.
-
-    Args:
-        q: [L, Hq, D]; k, v: [L, Hkv, D]; one dtype, any strides.
-        subtree_end: [L] int32 on their device.
-        scale: factor of ``q k^T``.
-
-    Returns:
-        [L, Hq, D] in the dtype of ``q``. Sums are in float32 for 16-bit inputs; on a GPU each piece is rounded to 16
-        bits.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: what ``provider_for`` and ``Plans.of`` raise.
-    """
-    return tree_flash(q, k, v, subtree_end, scale)[0]

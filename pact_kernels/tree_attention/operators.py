@@ -15,6 +15,8 @@ BACKWARD = (
     "-> (Tensor, Tensor, Tensor)"
 )
 Tensors = tuple[Tensor, ...]
+# A new tree is planned inside the operator, which reads it back; a captured graph would replay the plan of the old one.
+PLANS_ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
 
 
 def lse_like(q: Tensor) -> Tensor:
@@ -44,10 +46,10 @@ def differentiable(
     Both run on the device of ``q`` and without autocast. There is no second derivative: asking for one is an error.
     """
     forward_op = torch.library.custom_op(
-        f"pact_kernels::{name}_forward", _plain(forward), mutates_args=(), schema=FORWARD
+        f"pact_kernels::{name}_forward", _plain(forward), mutates_args=(), schema=FORWARD, tags=PLANS_ON_THE_HOST
     )
     backward_op = torch.library.custom_op(
-        f"pact_kernels::{name}_backward", _plain(backward), mutates_args=(), schema=BACKWARD
+        f"pact_kernels::{name}_backward", _plain(backward), mutates_args=(), schema=BACKWARD, tags=PLANS_ON_THE_HOST
     )
     forward_op.register_fake(lambda q, k, v, subtree_end, scale: (empty_like(q), statistics_like(q)))
     backward_op.register_fake(

@@ -183,6 +183,11 @@ def _lengths(sequences: Sequences) -> tuple[Tensor, Tensor, int, int]:
     return sequences.cu_q, sequences.cu_k, max(2, sequences.max_q), sequences.max_k
 
 
+def _deterministic() -> bool:
+    """Asked for in earnest: the package's deterministic backward takes a copy of dQ for each few processors."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 def _package_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -210,7 +215,7 @@ def _package_backward(
     interface._flash_attn_varlen_backward(
         *(_readable(x) for x in (dout, q, k, v, out)), lse.contiguous(), dq, dk, dv, *_lengths(sequences),
         dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
-        alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
+        alibi_slopes=None, deterministic=_deterministic(),
     )  # fmt: skip
     return dq, dk, dv
 

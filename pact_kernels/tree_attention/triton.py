@@ -62,6 +62,13 @@ def exponentials(b_dot, b_centre, scale):
 
 
 @triton.jit
+def centre_of(b_max, scale):
+    """``scale log2(e) max``, rounded. An fma that adds 0: a product might be fused into one use and rounded in another,
+    and the exponentials and the factor between two centres must mean the same number."""
+    return tl.fma(b_max, scale * LOG2E, 0.0)
+
+
+@triton.jit
 def forward_tile(
     b_q, b_acc, b_max, b_sum, p_k, p_v, p_end, o_q, i_k, n_length, stride_k, stride_v, scale,
     PARTIAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
@@ -74,11 +81,13 @@ def forward_tile(
         b_end = load_line(p_end, i_k, n_length, True, BLOCK_K)
         m_seen = (o_k[None, :] <= o_q[:, None]) & (o_q[:, None] < b_end[None, :])
         b_new = tl.maximum(b_max, tl.max(tl.where(m_seen, b_dot, LOWEST), 1))
-        b_p = tl.where(m_seen, exponentials(b_dot, (b_new * (scale * LOG2E))[:, None], scale), 0.0)
+        b_centre = centre_of(b_new, scale)
+        b_p = tl.where(m_seen, exponentials(b_dot, b_centre[:, None], scale), 0.0)
     else:
         b_new = tl.maximum(b_max, tl.max(b_dot, 1))
-        b_p = exponentials(b_dot, (b_new * (scale * LOG2E))[:, None], scale)
-    b_alpha = tl.exp2((b_max - b_new) * (scale * LOG2E))
+        b_centre = centre_of(b_new, scale)
+        b_p = exponentials(b_dot, b_centre[:, None], scale)
+    b_alpha = tl.where(b_max == b_new, 1.0, tl.exp2(centre_of(b_max, scale) - b_centre))
     b_v = load_tile(p_v, i_k, n_length, stride_v, PARTIAL, D, BLOCK_K, BLOCK_D, UPCAST)
     b_acc = b_acc * b_alpha[:, None]
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")  # [M, N] x [N, D]
@@ -118,7 +127,7 @@ def tree_forward_kernel(
     b_out, p_outh = b_acc / b_sum[:, None], p_out + i_h.to(tl.int64) * stride_outh
     store_tile(p_outh, b_out, i_q, n_length, stride_out, D, BLOCK_Q, BLOCK_D)
     o_line, m_q = i_h.to(tl.int64) * n_length + o_q, o_q < n_length
-    tl.store(p_centre + o_line, b_max * (scale * LOG2E), mask=m_q)
+    tl.store(p_centre + o_line, centre_of(b_max, scale), mask=m_q)
     tl.store(p_logsum + o_line, tl.log2(b_sum), mask=m_q)
 
 

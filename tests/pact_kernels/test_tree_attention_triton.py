@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import DEVICE
-from trees import TREES, check, check_tree, group, inputs, output_and_gradients
+from trees import TREES, check, check_operands, check_tree, group, inputs, output_and_gradients
 
 from pact_kernels.prefix_tree import PrefixTree
 from pact_kernels.tiles import TREE_TILES, TreeTile, TreeTiles
@@ -97,3 +97,19 @@ def test_bad_input() -> None:
         tree_attention(*(torch.zeros(2, 1, 512, device=DEVICE) for _ in range(3)), tree, backend="triton")
     with pytest.raises(TypeError, match="use backend='torch' for float64"):
         tree_attention(*(torch.zeros(2, 1, 8, device=DEVICE).double() for _ in range(3)), tree, backend="triton")
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(5.0, 0.0), (16.0, 0.0), (1.0, 30.0), (1.0, 100.0)])
+def test_peaked_scores_and_keys_far_from_0(monkeypatch: pytest.MonkeyPatch, factor: float, offset: float) -> None:
+    """Scores to about 1e3: the backward's probabilities must be those that the forward summed, or they do not add up
+    to 1 and dQ takes in the keys' common part. One tile shape: the interpreter's matmuls round by shape. For the same
+    reason dK and dV, whose scores are made transposed, are left out.
+    """
+    tile = TreeTile(32, 32, 4, 1)
+    monkeypatch.setitem(TREE_TILES["interpreter"], 4, {256: TreeTiles(tile, tile, tile)})
+    tree = PrefixTree.from_sequences([*TREES["siblings at offset 57 of a block"], [9] * 3]).to(DEVICE)
+    for seed in range(4):
+        qkv, grad_out = inputs(len(tree), 2, 1, 16, seed=seed)
+        operands = [x.detach().to(DEVICE) for x in (*qkv, grad_out)]
+        operands[0], operands[1] = factor * operands[0], factor * operands[1] + offset
+        check_operands(tree, operands, scale=0.25, names=("out", "dq"))

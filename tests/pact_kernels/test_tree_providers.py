@@ -10,12 +10,12 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_tree_attention_flash import TREES, turned, within_the_rule
+from test_tree_attention_flash import TREES, flash_tree_attention, turned, within_the_rule
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pact_kernels.tree_attention import flash, providers
-from pact_kernels.tree_attention.flash import flash_tree_attention, tree_flash
+from pact_kernels.tree_attention.flash import tree_flash
 
 
 def test_empty_pieces_and_empty_sequences_on_the_cpu() -> None:

@@ -1,4 +1,4 @@
-"""Random trees through the tree kernels by the error rule, drawn by hypothesis.
+"""Random trees through tree attention by the error rule, drawn by hypothesis; four of six through the Triton kernels.
 
 `make test` runs a few through ``test_tree_sweep.py``; `make sweep` runs 10,000 and records the result:
 ``python tests/pact_kernels/tree_sweep.py --cases 10000``.
@@ -36,6 +36,9 @@ class Case:
     dtype: torch.dtype
     scale: float | None
     turned: bool
+    spread: float
+    offset: float
+    backend: str
     seed: int
 
 
@@ -80,19 +83,27 @@ def cases(draw: st.DrawFn) -> Case:
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
         scale=draw(st.sampled_from([None, None, 0.0, 1.0, -0.3])),
         turned=draw(st.booleans()),
+        spread=draw(st.sampled_from([1.0, 1.0, 1.0, 3.0, 10.0])),
+        offset=draw(st.sampled_from([0.0, 0.0, 0.0, 30.0])),
+        backend=draw(st.sampled_from(["triton"] * 4 + ["torch", "flash"])),
         seed=draw(st.integers(0, 2**16)),
     )
 
 
 def check(case: Case) -> None:
-    """Forward and backward, with the case's tiles (in the interpreter; a GPU takes its own) and pieces."""
+    """Forward and backward, with the case's tiles (in the interpreter; a GPU takes its own) and pieces.
+
+    An error may be twice that of plain torch in the operands' dtype, plus 2 eps (1 + largest score) times the sums of
+    absolute values behind the result: see ``sums_behind``.
+    """
     forward, dq, dkv = (TreeTile(block_q, block_k, 4, 1) for block_q, block_k in case.blocks)
     for size in (2, 4):
         TREE_TILES["interpreter"][size] = {256: TreeTiles(forward, dq, dkv)}
     ops.PIECE_TILES, ops.PIECES = case.piece, 10**6
     tree = PrefixTree.from_sequences(case.sequences).to(DEVICE)
     shape = (case.heads, case.kv_heads, case.dim, case.dtype, case.scale)
-    check_tree(tree, *shape, seed=case.seed, turned=case.turned, of_sums=True)
+    made = {"seed": case.seed, "turned": case.turned, "spread": case.spread, "offset": case.offset}
+    check_tree(tree, *shape, backend=case.backend, of_sums=True, **made)
 
 
 def share(number: int, seed: int) -> int:
