@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -142,3 +145,13 @@ def test_to_moves_everything_but_the_segments() -> None:
 def test_bad_input_is_one_clear_error(sequences, error, message) -> None:
     with pytest.raises(error, match=message):
         PrefixTree.from_sequences(sequences)
+
+
+def test_copies_on_devices_are_made_once_and_are_not_pickled():
+    tree = PrefixTree.from_sequences([[1, 2, 3], [1, 4]])
+    assert tree.to("cpu") is tree
+    assert tree.to("meta") is tree.to(torch.device("meta"))
+    again = pickle.loads(pickle.dumps(tree))
+    assert torch.equal(again.subtree_end, tree.subtree_end)
+    assert not again._copies
+    assert not copy.deepcopy(tree)._copies

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trees import BACKENDS, group, inputs, output_and_gradients
+from trees import BACKENDS, check_tree, group, inputs, output_and_gradients
 
 from pact_kernels.prefix_tree import PrefixTree
 from pact_kernels.tree_attention import api, tiled
@@ -137,6 +137,13 @@ def test_plan_is_made_once_and_dies_with_the_tree():
     assert len(tiled.PLANS) == n_plans
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_of_0_and_below(backend, scale):
+    """Whoever masks with -inf before multiplying by the scale has NaN here."""
+    check_tree(PrefixTree.from_sequences(SHAPES["one group"]), 2, 1, 16, torch.float32, scale, backend, of_sums=True)
+
+
 def test_auto_takes_the_cascade_for_long_paths_that_branch_seldom(monkeypatch):
     taken = []
     for name in ("tree_flash", "tree_tiled"):
@@ -158,6 +165,20 @@ def test_bad_input_is_one_clear_error():
     for backend in BACKENDS:
         with pytest.raises(ValueError, match=r"subtree_end is no tree.*PrefixTree.from_sequences"):
             tree_attention(q, k, v, not_a_tree, backend=backend)
+        for end in (tree.subtree_end[:3], torch.cat([tree.subtree_end, tree.subtree_end])):
+            with pytest.raises(ValueError, match=r"4 tokens and [38] subtree ends"):
+                tree_attention(q, k, v, replace(tree, subtree_end=end), backend=backend)
+        with pytest.raises(TypeError, match="contiguous 1-D int32"):
+            tree_attention(q, k, v, replace(tree, subtree_end=tree.subtree_end.repeat(2)[::2]), backend=backend)
+        with pytest.raises(TypeError, match="one floating dtype"):
+            tree_attention(*(x.long() for x in (q, k, v)), tree, backend=backend)
+        with pytest.raises(TypeError, match="needs a PrefixTree"):
+            tree_attention(q, k, v, tree.subtree_end, backend=backend)
+        for shape in ((4, 2, 0), (4, 0, 8)):
+            with pytest.raises(ValueError, match="Hkv dividing Hq"):
+                tree_attention(
+                    torch.zeros(4, 4, shape[2]), torch.zeros(shape), torch.zeros(shape), tree, backend=backend
+                )
     with pytest.raises(TypeError, match="one floating dtype"):
         tree_attention(q, k, v.double(), tree)
     with pytest.raises(ValueError, match="Hkv dividing Hq"):

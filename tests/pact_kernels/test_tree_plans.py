@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -45,8 +46,9 @@ def test_trees_pass_and_a_changed_end_does_not(sequences, where: int, change: in
 
 
 def test_wrong_type() -> None:
-    for wrong in (torch.tensor([1, 2]), torch.ones(1, 1, dtype=torch.int32)):
-        with pytest.raises(TypeError, match="1-D int32"):
+    strided = torch.tensor([1, 9, 2, 9], dtype=torch.int32)[::2]
+    for wrong in (torch.tensor([1, 2]), torch.ones(1, 1, dtype=torch.int32), strided):
+        with pytest.raises(TypeError, match="contiguous 1-D int32"):
             check_tree(wrong)
 
 
@@ -63,6 +65,27 @@ def test_one_plan_for_all_aliases_of_a_tree_and_none_after_it() -> None:
     del end
     gc.collect()
     assert len(plans) == 0
+
+
+def test_a_tree_changed_in_place_is_planned_anew() -> None:
+    plans = Plans(lambda end: end.tolist())
+    end = torch.tensor([3, 3, 3], dtype=torch.int32)
+    assert plans.of(end) == [3, 3, 3]
+    end.copy_(torch.tensor([3, 2, 3]))
+    assert plans.of(end) == [3, 2, 3]
+    with torch.inference_mode():
+        assert plans.of(torch.tensor([1], dtype=torch.int32)) == [1]
+
+
+def test_threads_share_plans() -> None:
+    plans = Plans(lambda end: end.numel())
+    kept = [torch.arange(1, n + 2, dtype=torch.int32) for n in range(40)]
+
+    def work(_: int) -> bool:
+        return all(plans.of(end) == end.numel() == plans.of(end.clone()) for _ in range(10) for end in kept)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(6)))
 
 
 def test_a_view_is_a_tree_of_its_own() -> None:
