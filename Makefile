@@ -12,7 +12,8 @@ setup: $(READY)
 $(VENV)/.ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt torch
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[train,dev]'
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[train,bfcl,hub,dev]'
+	$(VENV)/bin/python -m pip install -q -c constraints.txt --no-deps bfcl-eval
 	touch $@
 
 train: setup
