@@ -188,26 +188,26 @@ def parse_settings(argv: Sequence[str], *files: Path) -> RunSettings:
 
     Raises ValueError for an unknown setting, a value of the wrong type or one out of range.
     """
-    parser = _Parser([ModelArguments, EnvArguments, _as_flags(PactConfig), PactTrainingArguments], usage=USAGE)
+    parser = SettingsParser([ModelArguments, EnvArguments, as_flags(PactConfig), PactTrainingArguments], usage=USAGE)
     known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
     values: dict[str, Any] = {}
     for path in files:
         for key, value in read_yaml(path).items():
             if key not in known:
-                raise ValueError(f"unknown setting {key!r} in {path}{_nearest(key, known)}")
+                raise ValueError(f"unknown setting {key!r} in {path}{nearest(key, known)}")
             values[key] = value
-    flags, options = _split_dotted(argv)
-    arguments = [text for key, value in values.items() for text in _as_arguments(key, value)]
+    flags, options = split_dotted(argv)
+    arguments = [text for key, value in values.items() for text in as_arguments(key, value)]
     namespace, unknown = parser.parse_known_args(arguments + flags)
     if unknown:
-        raise ValueError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].lstrip('-').replace('-', '_'), known)}")
+        raise ValueError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].lstrip('-').replace('-', '_'), known)}")
     found = vars(namespace)
     for key, value in options.items():
         found["env_options"] = as_dict("env_options", found["env_options"]) | {key: value}
     return _build(parser, found)
 
 
-class _Parser(HfArgumentParser):
+class SettingsParser(HfArgumentParser):
     """HfArgumentParser whose complaints are exceptions, and which takes no abbreviated flags."""
 
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
@@ -217,7 +217,7 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def _as_flags(config: type) -> type:
+def as_flags(config: type) -> type:
     """``config`` as a dataclass that HfArgumentParser can read: a tuple field becomes a list."""
     hints, flags = get_type_hints(config), []
     for item in fields(config):
@@ -230,7 +230,7 @@ def _as_flags(config: type) -> type:
     return make_dataclass(config.__name__, flags)
 
 
-def _as_arguments(key: str, value: Any) -> list[str]:
+def as_arguments(key: str, value: Any) -> list[str]:
     """One YAML entry as command-line text, so that argparse checks and converts files and flags alike."""
     if value is None:
         return []
@@ -241,7 +241,7 @@ def _as_arguments(key: str, value: Any) -> list[str]:
     return [f"--{key}={value}"]
 
 
-def _split_dotted(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def split_dotted(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Take ``--env_options.NAME VALUE`` and ``--env_options.NAME=VALUE`` out of ``argv``; values are YAML."""
     flags: list[str] = []
     options: dict[str, Any] = {}
@@ -259,12 +259,12 @@ def _split_dotted(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return flags, options
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def nearest(name: str, known: set[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f": did you mean {near[0]!r}?" if near else ": pact train --help lists all settings"
 
 
-def _build(parser: _Parser, found: dict[str, Any]) -> RunSettings:
+def _build(parser: SettingsParser, found: dict[str, Any]) -> RunSettings:
     defaults = vars(parser.parse_known_args([])[0])
     own = {f.name for f in fields(PactTrainingArguments)} - {f.name for f in fields(TrainingArguments)}
     built: list[Any] = []
@@ -288,7 +288,12 @@ __all__ = [
     "ModelArguments",
     "PactTrainingArguments",
     "RunSettings",
+    "SettingsParser",
+    "as_arguments",
     "as_dict",
+    "as_flags",
+    "nearest",
     "parse_settings",
     "read_yaml",
+    "split_dotted",
 ]
