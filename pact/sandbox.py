@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import time
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,13 @@ from pact import sandbox_worker as wire
 _GRACE = 5.0  # seconds beyond a call's own limit after which the worker itself counts as hung
 _START = 60.0  # seconds a worker may take to start
 _REQUEST_BYTES = 1 << 24
+_LONGEST = 86_400.0  # seconds; clocks below overflow at some point
+_PACKAGES = "/packages"
+# One thread for numerical libraries: the filter refuses them more, and they size their pools when they are loaded.
+_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+}
 _MEND = (
     "or pass unsafe_no_isolation=True to run tools with resource limits only, free to read files and use the network"
 )
@@ -69,7 +77,7 @@ class Sandbox:
     A long-lived worker sits behind bubblewrap and forks one child a call, so a call costs milliseconds and no state
     passes from one to the next. The child sees a read-only root with /usr, the interpreter's standard library and an
     empty /tmp (wiped after every call; read-only with bubblewrap older than 0.7, which cannot bound its size); no
-    network, no environment variables, no /proc, no site-packages, no capabilities. A system call filter refuses it new
+    network, none of our environment variables, no /proc, no capabilities, of site-packages what ``packages`` names. A system call filter refuses it new
     processes, threads and programs, signals and tracing. Memory, output, files, CPU time and wall clock are limited.
     Hashes and ``random`` are seeded alike in every call, so that a result repeats.
 
@@ -79,21 +87,36 @@ class Sandbox:
 
     Args:
         workers: how many calls may run at once, from threads; ``call`` waits for a free one.
+        packages: files and folders that tools may import beside the standard library, as they lie in site-packages
+            (a package with shared libraries of its own needs them too: numpy and numpy.libs). They are bound read-only
+            side by side in one folder on ``sys.path``; without isolation they are found where they lie.
+        preload: modules the worker imports once, before it forks, so that calls do not pay for it. Their own code runs
+            behind the walls, but before the system call filter; what it writes to /tmp is wiped. Memory they take
+            counts against each call's limit.
         unsafe_no_isolation: run without bubblewrap: the tools read and write this user's files and use the network.
             Resource limits and system call filter stay.
         **limits: fields of ``SandboxLimits``.
 
     Raises:
-        RuntimeError: bubblewrap is missing or cannot start here; the message holds the mend.
-        ValueError, TypeError: a limit that cannot be, or an unknown one.
+        RuntimeError: bubblewrap is missing or cannot start here, or a module of ``preload`` cannot be imported; the
+            message holds the mend.
+        ValueError, TypeError: a limit that cannot be, or an unknown one; packages that are missing or share a name.
     """
 
-    def __init__(self, *, workers: int = 1, unsafe_no_isolation: bool = False, **limits: int) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int = 1,
+        packages: Sequence[Path] = (),
+        preload: Sequence[str] = (),
+        unsafe_no_isolation: bool = False,
+        **limits: int,
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.limits = SandboxLimits(**limits)
         self._workers = workers
-        self._command = _command(self.limits, isolated=not unsafe_no_isolation)
+        self._command = _command(self.limits, _checked(packages), list(preload), isolated=not unsafe_no_isolation)
         self._open_pool()
         self._slots.put(
             self._start(self._slots.get())
@@ -111,11 +134,11 @@ class Sandbox:
             timeout: wall-clock limit in seconds.
 
         Raises:
-            ValueError: the timeout is not a positive number of seconds.
+            ValueError: the timeout is not a positive number of seconds, or over a day.
             RuntimeError: the sandbox is closed, or a lost worker cannot be replaced.
         """
-        if not (math.isfinite(timeout) and timeout > 0):
-            raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
+        if not (math.isfinite(timeout) and 0 < timeout <= _LONGEST):
+            raise ValueError(f"timeout must be a positive number of seconds up to {_LONGEST:g}, got {timeout}")
         if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
             return _failure(name, "the arguments must be a JSON object")
         try:
@@ -193,7 +216,7 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 cwd="/",
-                env={"PYTHONHASHSEED": "0"},
+                env=_ENVIRONMENT,
                 start_new_session=True,
             )
             far_end.close()
@@ -273,12 +296,30 @@ def _failure(name: str, reason: str) -> ToolResult:
     return ToolResult(False, f"an error occured when call {name}: {reason}", reason)
 
 
-def _command(limits: SandboxLimits, isolated: bool) -> list[str]:
-    """The worker's command line: the interpreter on its standard library alone, behind bubblewrap when isolated."""
+def _checked(packages: Sequence[Path]) -> dict[str, Path]:
+    """Name in the packages folder -> where it lies."""
+    if isinstance(packages, str | Path):
+        raise TypeError(f"packages must be a list of paths, got {packages!r}: put it in brackets")
+    places: dict[str, Path] = {}
+    for path in map(Path, packages):
+        if not path.exists():
+            raise ValueError(f"the package {path} does not exist: install it, or correct the path")
+        if path.name in places:
+            raise ValueError(f"two packages are called {path.name}: leave one of them out")
+        places[path.name] = path.absolute()
+    return places
+
+
+def _command(limits: SandboxLimits, packages: dict[str, Path], preload: list[str], isolated: bool) -> list[str]:
+    """The worker's command line: the interpreter on its standard library and ``packages``, behind bubblewrap when
+    isolated."""
     script, interpreter = Path(wire.__file__).resolve(), Path(sys.executable).resolve()
-    config = {**asdict(limits), "scratch": None}
+    config: dict[str, Any] = {**asdict(limits), "isolated": isolated, "scratch": None, "preload": preload}
+    flags = ["-B", "-S", "-s", "-P"]
     if not isolated:
-        return [str(interpreter), "-B", "-S", "-s", "-P", str(script), json.dumps(config)]
+        config["packages"] = {name: str(path.parent) for name, path in packages.items()}
+        return [str(interpreter), *flags, str(script), json.dumps(config)]
+    config["packages"] = _PACKAGES
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise RuntimeError(f"the sandbox needs bubblewrap: install it (Debian: apt-get install bubblewrap), {_MEND}")
@@ -288,12 +329,14 @@ def _command(limits: SandboxLimits, isolated: bool) -> list[str]:
         walls += (
             ["--symlink", os.readlink(path), str(path)] if path.is_symlink() else ["--ro-bind", str(path), str(path)]
         )
+    for name, path in packages.items():
+        walls += ["--ro-bind", str(path), f"{_PACKAGES}/{name}"]
     walls += ["--ro-bind", str(script), "/worker.py", "--dev", "/dev"]
     if _version(bwrap) >= (0, 7):
         walls += ["--size", str(limits.scratch_bytes), "--tmpfs", "/tmp"]
         config["scratch"] = "/tmp"
     walls += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
-    return [*walls, str(interpreter), "-B", "-S", "-s", "-P", "/worker.py", json.dumps(config)]
+    return [*walls, str(interpreter), *flags, "/worker.py", json.dumps(config)]
 
 
 def _needed_paths(interpreter: Path) -> list[Path]:

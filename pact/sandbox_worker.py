@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import importlib
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ import socket
 import struct
 import sys
 import time
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any, NoReturn
 
 REQUEST = struct.Struct("!dI")  # wall-clock limit in seconds, bytes of JSON that follow
@@ -95,12 +97,15 @@ class Worker:
         self.channel, self.config = channel, config
         self.filter = SyscallFilter()
 
-    def serve(self) -> None:
+    def start(self) -> None:
+        """Check the filter, leave nothing of the preparations behind, and say so; OSError: this worker cannot serve."""
         probe = {"source": _PROBE, "name": "probe", "arguments": {}}
         status, text = self.run(json.dumps(probe).encode(), 30.0)
         if (status, text) != (OK, b"refused"):
             raise OSError(f"the system call filter does not hold: {text.decode()}")
         self._reply(READY, b"")
+
+    def serve(self) -> None:
         while header := self._read(REQUEST.size):
             timeout, length = REQUEST.unpack(header)
             self._reply(*self.run(self._read(length), timeout))
@@ -207,17 +212,47 @@ class Worker:
         self.channel.sendall(REPLY.pack(status, len(text)) + text)
 
 
-def main() -> None:
-    config = json.loads(sys.argv[1])
-    channel = socket.socket(fileno=os.dup(0))
+class PackageFinder:
+    """Finds the packages named, in their own folders, and nothing that lies beside them."""
+
+    def __init__(self, folders: dict[str, str]) -> None:
+        self._folders = {name.partition(".")[0]: folder for name, folder in folders.items()}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [self._folders[name]]) if name in self._folders else None
+
+
+def prepare(config: dict[str, Any]) -> None:
+    """Put the packages within reach and import what calls should not pay for; OSError names a module that fails."""
+    if config["isolated"]:
+        sys.path.append(config["packages"])
+    else:
+        sys.meta_path.append(PackageFinder(config["packages"]))
+    for name in config["preload"]:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:  # SystemExit too: whatever it is, it is why there is no worker
+            raise OSError(
+                f"preloading {name} raised {type(error).__name__}: {error}; mend it, or add what it needs to packages"
+            ) from error
     # What this first call touches is in memory for every child: it halves the cost of a call.
     invoke({"source": "def warm():\n    return {'é': 1}\n", "name": "warm", "arguments": {}})
     gc.freeze()
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    channel = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # what is preloaded must not read requests
     try:
-        Worker(channel, config).serve()
+        worker = Worker(channel, config)
+        prepare(config)
+        worker.start()
     except OSError as error:
-        text = str(error).encode()
+        text = str(error).encode("utf-8", "replace")[:1000]
         channel.sendall(REPLY.pack(BROKEN, len(text)) + text)
+    else:
+        worker.serve()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import numpy
 import pytest
 
 from pact.sandbox import Sandbox, SandboxLimits
@@ -136,8 +138,12 @@ def test_the_root_is_nearly_empty(sandbox, tmp_path, monkeypatch):
         "'etc': below('/etc'), 'secret': os.path.exists(given['path']), 'here': os.path.exists(given['here'])}"
     )
     seen = json.loads(run(sandbox, body, path=str(tmp_path / "secret"), here=os.path.abspath(__file__)).output)
-    assert "PACT_SECRET" not in seen["environ"]
-    assert len(seen["environ"]) <= 3
+    assert set(seen["environ"]) <= {
+        "PYTHONHASHSEED",
+        "PWD",
+        "LC_CTYPE",
+        *(f"{x}_NUM_THREADS" for x in ("MKL", "OMP", "OPENBLAS")),
+    }
     assert seen["user"] != 0
     assert (seen["proc"], seen["etc"], seen["secret"], seen["here"]) == ([], [], False, False)
     assert {"home", "var", "run", "sys", "mnt", "opt"}.isdisjoint(seen["root"])
@@ -337,3 +343,65 @@ def test_close_ends_the_workers_and_the_waiting():
     assert process.poll() is not None
     with pytest.raises(RuntimeError, match="closed"):
         run(sandbox, "return 1")
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package with a module that counts its imports, in a folder with one that is nobody's business."""
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "__init__.py").write_text(
+        "import os, uuid\nopen('/tmp/' + uuid.uuid4().hex, 'w').close()\n"
+    )
+    (tmp_path / "library" / "part.py").write_text("import time\nTIME = time.monotonic_ns()\n")
+    (tmp_path / "single.py").write_text("VALUE = 7\n")
+    (tmp_path / "hidden.py").write_text("")
+    return [tmp_path / "library", tmp_path / "single.py"]
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_packages_and_preload(package, unsafe):
+    body = (
+        "import os, sys\nearly = 'single' in sys.modules\nimport single, library.part\n"
+        "try:\n    import hidden\nexcept ImportError as error:\n    absent = error.name\n"
+        "return [early, single.VALUE, library.part.TIME, absent]"
+    )
+    with Sandbox(packages=package, preload=["library.part", "single"], unsafe_no_isolation=unsafe) as sandbox:
+        first, second = (json.loads(run(sandbox, body).output) for _ in range(2))
+        assert first == second  # the same import: it ran once, in the worker
+        assert (first[:2], first[3]) == ([True, 7], "hidden")
+        if not unsafe:
+            assert run(sandbox, "import os\nreturn os.listdir('/tmp')").output == "[]"
+            assert sorted(json.loads(run(sandbox, "import os\nreturn os.listdir('/packages')").output)) == [
+                "library",
+                "single.py",
+            ]
+            assert "Read-only" in run(sandbox, "import single\nopen(single.__file__, 'a')").error
+    with Sandbox(packages=package, unsafe_no_isolation=unsafe) as sandbox:
+        assert json.loads(run(sandbox, body).output)[:2] == [False, 7]
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_a_compiled_package_works(unsafe):
+    places = [Path(numpy.__file__).parent, Path(numpy.__file__).parents[1] / "numpy.libs"]
+    body = "import numpy\nreturn float((numpy.arange(4.0).reshape(2, 2) @ numpy.ones((2, 2))).sum())"
+    packages = [place for place in places if place.exists()]  # only the wheels of some systems have the second
+    with Sandbox(packages=packages, preload=["numpy"], unsafe_no_isolation=unsafe) as sandbox:
+        assert run(sandbox, body).output == "12.0"
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_preload_that_fails_shows_its_error(tmp_path, unsafe):
+    (tmp_path / "broken.py").write_text("raise SystemExit('no é today')")
+    for module, reason in (("broken", "SystemExit: no é today"), ("absent", "No module named 'absent'")):
+        with pytest.raises(RuntimeError, match=f"preloading {module} raised .*{reason}.*packages"):
+            Sandbox(packages=[tmp_path / "broken.py"], preload=[module], unsafe_no_isolation=unsafe)
+
+
+def test_packages_that_cannot_be(tmp_path):
+    (tmp_path / "inner").mkdir()
+    with pytest.raises(ValueError, match="absent does not exist: install it"):
+        Sandbox(packages=[tmp_path / "absent"])
+    with pytest.raises(ValueError, match="two packages are called inner"):
+        Sandbox(packages=[tmp_path / "inner", tmp_path / "." / "inner"])
+    with pytest.raises(TypeError, match="put it in brackets"):
+        Sandbox(packages=str(tmp_path))
