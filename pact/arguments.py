@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 from pact.objective import PactConfig
+from pact.rewards import Reward
 
 USAGE = "pact train [CONFIG.yaml] [--resume [RUN]] [--SETTING VALUE ...]"
 SCRATCH = "toybox"  # the value of --model that stands for "build it from model_config"
@@ -75,7 +76,7 @@ class PactTrainingArguments(TrainingArguments):
     of range. The defaults suit a first try on a small machine; recipes for real runs are in ``configs/``.
     """
 
-    num_rollouts: int = _help("rollouts a prompt", 4)
+    num_rollouts: int = _help("rollouts a prompt; 0: none, the supervised term alone (SFT)", 4)
     rollout_batch_steps: int = _help("optimiser steps on one batch of rollouts; 1 is on-policy", 1)
     generation_batch_size: int = _help("episodes generated together", 256)
     top_p: float = _help("nucleus of sampled episodes; the temperature of rollouts is that of the objective", 1.0)
@@ -84,6 +85,17 @@ class PactTrainingArguments(TrainingArguments):
     max_response_tokens: int = _help("tokens after the prompt, observations included", 4096)
     max_prompt_tokens: int | None = _help("longest prompt (default: what the context leaves for one turn)", None)
     overlong_prompts: Literal["error", "drop"] = _help("what to do with prompts over max_prompt_tokens", "error")
+    reward: Literal["env", "solve_f1", "toolrl", "matchtir", "answer_f1"] = _help(
+        "reward of the rollouts; env: the environment's own, which evaluations always report", "env"
+    )
+    match_assignment: Literal["optimal", "greedy", "transport"] = _help(
+        "matchtir: how calls find gold calls", "optimal"
+    )
+    match_unmatched: float = _help("matchtir: reward of a call without a partner", 0.0)
+    format_weight: float | None = _help("weight of the format term (default: 1 for toolrl, 0 for the others)", None)
+    answer_tags: bool = _help(
+        "rewards read the answer between <answer> tags; no_answer_tags: the whole last turn", True
+    )
     advantage: Literal["grpo", "dr_grpo", "rloo", "dual_level", "turn_level"] = _help("advantage estimator", "grpo")
     turn_discount: float = _help("gamma of the turn-level returns", 0.9)
     dual_combine: Literal["sum", "mean"] = _help("dual_level: how trajectory and turn parts are combined", "sum")
@@ -115,8 +127,13 @@ class PactTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_rollouts != 0 and self.num_rollouts < 2:
+            raise ValueError(
+                f"num_rollouts is {self.num_rollouts}, set it to at least 2 (advantages compare the rollouts of a "
+                "prompt) or to 0 (no rollouts: SFT)"
+            )
+        self.reward_options()
         at_least = {
-            "num_rollouts": (2, "advantages compare the rollouts of a prompt"),
             "rollout_batch_steps": (1, "each batch of rollouts is trained on at least once"),
             "generation_batch_size": (1, "it counts episodes"),
             "max_turns": (1, "it counts assistant turns"),
@@ -143,6 +160,10 @@ class PactTrainingArguments(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: tasks are objects, not columns")
+
+    def reward_options(self) -> Reward:
+        """The reward of the rollouts. Raises ValueError for a setting out of range."""
+        return Reward(self.reward, self.match_assignment, self.match_unmatched, self.format_weight, self.answer_tags)
 
 
 @dataclass(frozen=True)
@@ -183,6 +204,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values or {}
 
 
+def read_settings(path: Path, known: set[str], below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a YAML file over those of the file it ``extends`` (a path relative to its own), and so on.
+
+    ``below``: the files that extend this one. Raises ValueError for a key that is not in ``known``, for files that
+    extend each other in a circle, and as ``read_yaml``.
+    """
+    if path.resolve() in below:
+        raise ValueError(f"{path} extends itself: take one of the 'extends' lines out")
+    values = read_yaml(path)
+    parent = values.pop("extends", None)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown setting {key!r} in {path}{nearest(key, known)}")
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ValueError(f"{path}: extends must be the path of one YAML file, not {parent!r}")
+    return read_settings(path.parent / parent, known, (*below, path.resolve())) | values
+
+
 def parse_settings(argv: Sequence[str], *files: Path) -> RunSettings:
     """Settings from YAML files (a later one wins) and command-line flags (they win over all files).
 
@@ -192,10 +233,7 @@ def parse_settings(argv: Sequence[str], *files: Path) -> RunSettings:
     known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
     values: dict[str, Any] = {}
     for path in files:
-        for key, value in read_yaml(path).items():
-            if key not in known:
-                raise ValueError(f"unknown setting {key!r} in {path}{nearest(key, known)}")
-            values[key] = value
+        values |= read_settings(path, known)
     flags, options = split_dotted(argv)
     arguments = [text for key, value in values.items() for text in as_arguments(key, value)]
     namespace, unknown = parser.parse_known_args(arguments + flags)
@@ -294,6 +332,7 @@ __all__ = [
     "as_flags",
     "nearest",
     "parse_settings",
+    "read_settings",
     "read_yaml",
     "split_dotted",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pact.schedules import REASONING_ANNEALS
+from pact.schedules import REASONING_ANNEALS, warmup_cosine
 from pact.trace import Component, TokenizedTrace
 from pact_kernels.backend import NAMES
 
@@ -19,6 +19,8 @@ PROMPT, TRACE = "prompt", "trace"  # the two branches: contexts under which a ro
 _CHOICES = {
     "anchor_mode": ("sample", "mixture"),
     "reasoning_anneal": REASONING_ANNEALS,
+    "sft_schedule": ("constant", "chord"),
+    "sft_token_weight": ("none", "phi"),
     "ratio_reference": ("trace", "behavior"),
     "loss_norm": ("token", "sequence", "constant"),
     "head_backend": ("auto", *NAMES["linear_cotrain_loss"]),
@@ -35,6 +37,12 @@ class PactConfig:
         anchor_mode: "sample": each prompt takes one branch and only that one is computed (the paper);
             "mixture": both branches, weighted q and 1 - q.
         sft_coef: factor of the supervised term; 0 leaves it out.
+        sft_schedule: how the terms are mixed: "constant": L_RL + sft_coef L_SFT; "chord":
+            (1 - mu) L_RL + mu sft_coef L_SFT (CHORD, arXiv 2508.11408), KL and entropy belonging to L_RL.
+        mu_peak, mu_valley, mu_warmup, mu_decay: of "chord", 0 to 1 each: mu rises to the peak over the share
+            ``mu_warmup`` of training and falls to the valley over the share ``mu_decay`` (`schedules.warmup_cosine`).
+        sft_token_weight: "phi": a supervised token also weighs p (1 - p), p its present probability, without gradient
+            (CHORD-phi): neither what the policy knows nor what it finds absurd pulls hard. "none": 1.
         reasoning_anneal: "segment" (supervised prefix of segments shrinks), "linear" (all reasoning tokens weigh 1 - s)
             or "none" (weight 1 throughout).
         tool_call_weight: weight of tool-call tokens at progress 0 and 1, linear between.
@@ -81,6 +89,12 @@ class PactConfig:
     context_length: int | None = None
     head_backend: str = "auto"
     attention_backend: str = "auto"
+    sft_schedule: str = "constant"
+    mu_peak: float = 0.9
+    mu_valley: float = 0.05
+    mu_warmup: float = 0.0
+    mu_decay: float = 1.0
+    sft_token_weight: str = "none"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -93,8 +107,8 @@ class PactConfig:
         object.__setattr__(self, "tool_call_weight", pair)
         for weight in pair:
             _check_number("tool_call_weight", weight)
-        _check_number("anchor_q", self.anchor_q, high=1.0)
-        _check_number("clip_low", self.clip_low, high=1.0)
+        for name in ("anchor_q", "clip_low", "mu_peak", "mu_valley", "mu_warmup", "mu_decay"):
+            _check_number(name, getattr(self, name), high=1.0)
         for name in ("sft_coef", "answer_weight", "clip_high", "kl_coef"):
             _check_number(name, getattr(self, name))
         _check_number("entropy_coef", self.entropy_coef, low=-math.inf)
@@ -104,6 +118,14 @@ class PactConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive number of tokens, or None")
+
+
+def term_weights(config: PactConfig, progress: float) -> tuple[float, float]:
+    """Factors of L_RL and of L_SFT at ``progress``."""
+    if config.sft_schedule == "constant":
+        return 1.0, config.sft_coef
+    mu = warmup_cosine(progress, config.mu_warmup, config.mu_decay, config.mu_peak, config.mu_valley)
+    return 1.0 - mu, mu * config.sft_coef
 
 
 def _check_number(name: str, value: float, low: float = 0.0, high: float = math.inf, above: bool = False) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +27,14 @@ from pact.groups import (
     context_overflow,
     count_denominators,
     supervised_components,
+    term_weights,
 )
 from pact.layout import ForwardPlan, Path, Trees, plan_forwards, terms_of
 from pact.metrics import add_metrics, flatten_metrics
-from pact.modeling import attach_tree_attention, dense_hidden, lm_head, tree_hidden
+from pact.modeling import Head, attach_tree_attention, dense_hidden, lm_head, tree_hidden
 from pact.schedules import check_progress, linear, reasoning_weights
 from pact.trace import Component
-from pact_kernels import CoTrainResult, PrefixTree, TokenTerms, linear_cotrain_loss, linear_logprob
+from pact_kernels import CoTrainResult, PrefixTree, TokenTerms, cotrain_loss, linear_cotrain_loss, linear_logprob
 from pact_kernels.terms import PROMPT_BRANCH, RL, SFT, TRACE_BRANCH
 
 _BRANCH_ID = {PROMPT: PROMPT_BRANCH, TRACE: TRACE_BRANCH}
@@ -123,9 +125,10 @@ class PactObjective:
             denominators = self.denominators(groups)
         draws = torch.rand(len(groups), generator=generator, dtype=torch.float64).tolist()
         shares = [branch_weights(group, config, draw) for group, draw in zip(groups, draws)]
+        rl_weight, _ = term_weights(config, progress)
         paths: list[list[Path]] = []
         for g, group in enumerate(groups):
-            paths.append(self._rl_paths(group, shares[g], denominators.rl, f"group {g}"))
+            paths.append(self._rl_paths(group, shares[g], rl_weight, denominators.rl, f"group {g}"))
             if group.trace is not None and (config.sft_coef > 0 or monitor):
                 paths[g] += self._sft_paths(group, progress, denominators.sft, monitor, f"group {g}")
         batches = []
@@ -149,22 +152,8 @@ class PactObjective:
         Raises:
             ValueError: token ids outside the model's vocabulary, positions beyond its context.
         """
-        config = self.config
         hidden = self._hidden(model, batch.plan)
-        head = lm_head(model)
-        result = linear_cotrain_loss(
-            hidden,
-            head.weight,
-            batch.terms.to(hidden.device),
-            rows=batch.plan.rows.to(hidden.device),
-            entropy=batch.entropy,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            kl_coef=config.kl_coef,
-            entropy_coef=config.entropy_coef if batch.entropy else 0.0,  # no RL row, no entropy term
-            **head.options(config.temperature),
-            backend=config.head_backend,
-        )
+        result = self._head_loss(hidden, lm_head(model), batch)
         absent = {"kl": batch.terms.ref_logp is None, "entropy": not batch.entropy}
         metrics = {name: value for name, value in result.metrics.items() if not absent.get(name, False)}
         if batch.entropy:
@@ -172,6 +161,27 @@ class PactObjective:
         for name, value in batch.counts.items():
             metrics[name] = torch.tensor(value, dtype=torch.float64, device=hidden.device)
         return CoTrainResult(result.loss, metrics)
+
+    def _head_loss(self, hidden: Tensor, head: Head, batch: CoTrainBatch) -> CoTrainResult:
+        """The loss of the last hidden states: fused, or in two steps where weights follow from the log-probs."""
+        config, terms = self.config, batch.terms.to(hidden.device)
+        rows = batch.plan.rows.to(hidden.device)
+        head_options = {**head.options(config.temperature), "backend": config.head_backend}
+        options: dict[str, Any] = {
+            "clip_low": config.clip_low,
+            "clip_high": config.clip_high,
+            "kl_coef": config.kl_coef,
+            "entropy_coef": config.entropy_coef if batch.entropy else 0.0,  # no RL row, no entropy term
+        }
+        if config.sft_token_weight == "none":
+            return linear_cotrain_loss(
+                hidden, head.weight, terms, rows=rows, entropy=batch.entropy, **options, **head_options
+            )
+        out = linear_logprob(hidden, head.weight, terms.target, rows=rows, entropy=batch.entropy, **head_options)
+        logp = out.logp.detach()
+        phi = logp.exp() * -torch.expm1(logp)  # p (1 - p) without cancellation where p is near 1
+        terms = replace(terms, weight=torch.where(terms.kind == SFT, terms.weight * phi, terms.weight))
+        return cotrain_loss(out.logp, terms, entropy=out.entropy, **options, backend=config.head_backend)
 
     @torch.no_grad()
     def attach_logprobs(
@@ -243,8 +253,8 @@ class PactObjective:
             "latent/rollouts": float(len(rows)),
         }
 
-    def _rl_paths(self, group: Group, shares: dict[str, float], z: float, where: str) -> list[Path]:
-        """The rollouts under each branch, with weight = branch weight / Z on every sampled token."""
+    def _rl_paths(self, group: Group, shares: dict[str, float], term_weight: float, z: float, where: str) -> list[Path]:
+        """The rollouts under each branch, with weight = term weight x branch weight / Z on every sampled token."""
         config = self.config
         paths = []
         for branch, share in shares.items():
@@ -256,7 +266,7 @@ class PactObjective:
                 path.columns = {
                     "kind": RL,
                     "branch": _BRANCH_ID[branch],
-                    "weight": share / (z * len(path.at) if config.loss_norm == "sequence" else z),
+                    "weight": term_weight * share / (z * len(path.at) if config.loss_norm == "sequence" else z),
                     "advantage": _sampled(rollout.advantage, rollout),
                     "component": 0 if rollout.component is None else _sampled(rollout.component, rollout),
                 }
@@ -269,7 +279,7 @@ class PactObjective:
         return paths
 
     def _sft_paths(self, group: Group, progress: float, z: float, monitor: bool, where: str) -> list[Path]:
-        """The trace after the prompt, with weight = sft_coef w(s) / Z_sft; no path where nothing carries weight."""
+        """The trace after the prompt, with weight = term weight x w(s) / Z_sft; no path where nothing has weight."""
         config, trace = self.config, group.trace
         assert trace is not None
         component = np.asarray(trace.component, dtype=np.int64)
@@ -277,7 +287,7 @@ class PactObjective:
         weight = reasoning_weights(segment, progress, config.reasoning_anneal)
         weight[component == Component.TOOL_CALL] = linear(*config.tool_call_weight, progress)
         weight[component == Component.ANSWER] = config.answer_weight
-        weight *= config.sft_coef
+        weight *= term_weights(config, progress)[1]
         wanted = weight > 0
         if monitor:
             wanted |= np.isin(component, supervised_components(config))

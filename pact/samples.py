@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pact import advantages
-from pact.envs import Task
-from pact.messages import check_messages, check_trace
+from pact.envs import Score, Task
+from pact.messages import Message, calls_of, check_messages, check_trace
 from pact.objective import Group, PactConfig, Rollout
+from pact.rewards import Gold, Reward, Turn
 from pact.rollout import Trajectory
-from pact.trace import TokenizedTrace, render_context, render_prompt, render_trace
+from pact.tools import parse_turn
+from pact.trace import TokenizedTrace, end_of_turn_id, render_context, render_prompt, render_trace
 
 TEMPLATE_BYTES = 1024  # what a chat template adds around messages and schemas, generously
 
@@ -58,6 +60,89 @@ class Estimator:
         if self.name == "turn_level":
             return advantages.turn_level(rewards, gamma=self.gamma)
         raise ValueError(f"unknown advantage {self.name!r}: choose {', '.join(_OUTCOME)}, dual_level or turn_level")
+
+
+def gold_of(task: Task) -> Gold:
+    """What attempts at ``task`` are compared with.
+
+    Calls: those of the expert's supervised messages. Answer: ``task.answer``, else the expert's last message; tags
+    around it are dropped. Expected: ``task.data.unsolved`` where the environment has such a record (FTRL), else what
+    the calls above returned to the expert.
+    """
+    expected = getattr(task.data, "unsolved", None)
+    calls, answer = None, task.answer
+    if task.expert is not None:
+        pairs = [pair for message, pair in _with_observations(task.expert) if message.get("supervised", True)]
+        calls = [call for made, _ in pairs for call in made]
+        if answer is None and task.expert[-1]["role"] == "assistant" and not task.expert[-1].get("tool_calls"):
+            answer = task.expert[-1].get("content")
+        if expected is None:
+            expected = {}
+            for made, seen in pairs:
+                for call, observation in zip(made, seen):
+                    expected.setdefault(call["name"], []).append(observation)
+    if answer is not None:
+        answer = answer.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
+    return Gold(calls, answer or None, expected or None)
+
+
+def check_gold(tasks: Sequence[Task], reward: Reward) -> None:
+    """Raises ValueError at the first task that lacks what ``reward`` compares attempts with."""
+    if reward.is_own:
+        return
+    says = {
+        "calls": "expert trace with calls to match (give traces)",
+        "answer": "final answer to compare with (Task.answer, or a trace that ends with one)",
+        "expected": "expected answers of its tools (nor a trace with calls that would tell them)",
+    }
+    for task in tasks:
+        lacking = [says[field] for field in reward.missing(gold_of(task))]
+        if lacking:
+            raise ValueError(
+                f"reward {reward.name}: task {task.id!r} has no {' and no '.join(lacking)}; add it, or choose another "
+                "reward"
+            )
+
+
+def with_reward(
+    task: Task, episodes: Sequence[Trajectory], reward: Reward, tokenizer: PreTrainedTokenizerBase
+) -> list[Trajectory]:
+    """The episodes of ``task`` with ``reward`` in their score. The environment's metrics stay; its own reward becomes
+    the metric ``env_reward``. What is scored is what the policy sampled, never what a tool or a user wrote."""
+    if reward.is_own:
+        return list(episodes)
+    gold, scored = gold_of(task), []
+    for episode in episodes:
+        own = episode.score
+        value, turn_rewards = reward.of(_turns(episode, tokenizer), gold, (own.reward, own.turn_rewards))
+        metrics = {**own.metrics, "env_reward": own.reward}
+        scored.append(replace(episode, score=Score(value, turn_rewards, metrics, own.artifact)))
+    return scored
+
+
+def _turns(episode: Trajectory, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+    stop, turns = end_of_turn_id(tokenizer), []
+    for (start, end), (_, (calls, seen)) in zip(episode.turns, _with_observations(episode.messages), strict=True):
+        ids = episode.ids[start:end]
+        finished = ids[-1:] == [stop]
+        sampled = str(tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False))
+        reasoning, closed, text = sampled.partition("</think>")
+        if not closed:
+            text = reasoning.partition("<think>")[0]
+        sound = finished and sampled.count("</think>") == 1 and not parse_turn(sampled).errors
+        turns.append(Turn(text, calls, seen, sound))
+    return turns
+
+
+def _with_observations(messages: Sequence[Message]) -> list[tuple[Message, tuple[list[dict[str, Any]], list[str]]]]:
+    """Each assistant message with its calls and what they returned: the k-th call, the k-th tool message after it."""
+    found: list[tuple[Message, tuple[list[dict[str, Any]], list[str]]]] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            found.append((message, (calls_of(message), [])))
+        elif message["role"] == "tool" and found and len(found[-1][1][1]) < len(found[-1][1][0]):
+            found[-1][1][1].append(message["content"])
+    return found
 
 
 def rl_group(
@@ -151,8 +236,8 @@ def with_usable_trace(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase,
     ]
     if not usable:
         raise ValueError(
-            "a warm start needs expert traces that fit the context and no training task has one: give traces, or set "
-            "warm_start_steps to 0"
+            "a warm start needs expert traces that fit the context, as does training without rollouts, and no training "
+            "task has one: give traces, or set warm_start_steps to 0 and num_rollouts to at least 2"
         )
     return usable
 

@@ -1,4 +1,4 @@
-"""Training progress -> weights of the supervised term, as pure functions. Knows nothing of components or models."""
+"""Training progress -> weights of the terms, as pure functions. Knows nothing of components or models."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ def check_progress(progress: float) -> float:
 def linear(start: float, end: float, progress: float) -> float:
     """Straight line from `start` at progress 0 to `end` at progress 1 (scale annealing of tool calls)."""
     return (1.0 - progress) * start + progress * end
+
+
+def warmup_cosine(progress: float, warmup: float, decay: float, peak: float, valley: float) -> float:
+    """CHORD's mu (arXiv 2508.11408; ``mu_schedule_function`` of its release): 0 rises linearly to ``peak`` over the
+    share ``warmup`` of training, then falls to ``valley`` along half a cosine over the share ``decay``, and stays.
+
+    decay = 0: ``valley`` at once after the warm-up.
+    """
+    if progress < warmup:
+        return peak * progress / warmup
+    if progress >= warmup + decay:
+        return valley
+    return valley + (peak - valley) * 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / decay))
 
 
 def supervised_segments(n: int, progress: float) -> int:

@@ -32,6 +32,7 @@ from pact.arguments import PactTrainingArguments
 from pact.engines.transformers import TransformersEngine
 from pact.envs import Environment, Task
 from pact.evaluate import EpisodeRecord, evaluate, summarize
+from pact.groups import term_weights
 from pact.metrics import add_metrics
 from pact.modeling import attach_tree_attention
 from pact.objective import CoTrainResult, Denominators, Group, PactConfig, PactObjective, flatten_metrics
@@ -39,12 +40,14 @@ from pact.reporting import Meter, RewardPrinter, RewardProgress
 from pact.rollout import RolloutLimits, Sampling, Trajectory, run_rollouts
 from pact.samples import (
     Estimator,
+    check_gold,
     check_prompts,
     check_tasks,
     load_groups,
     rl_group,
     save_groups,
     sft_group,
+    with_reward,
     with_usable_trace,
 )
 from pact.trace import prepare_tokenizer
@@ -59,7 +62,8 @@ class PactTrainer(Trainer):
     """`transformers.Trainer` that trains on groups of rollouts and traces instead of batches of rows.
 
     One optimiser step takes ``per_device_train_batch_size`` x ``gradient_accumulation_steps`` prompts a process. Their
-    rollouts are generated before the step (``rollout_batch_steps`` steps at a time), from the prompt alone. All random
+    rollouts are generated before the step (``rollout_batch_steps`` steps at a time), from the prompt alone, and scored
+    by ``args.reward``. With ``num_rollouts`` 0 nothing is generated: the traces are all that is trained on. All random
     draws are functions of (seed, step, process), so a resumed run repeats what an uninterrupted one does.
 
     Args:
@@ -73,7 +77,8 @@ class PactTrainer(Trainer):
 
     Raises:
         ValueError: a model the tree cannot run on, a tokenizer whose template loses tools or reasoning, more token ids
-            than embeddings, a prompt longer than the context, no task, sharded training (FSDP, DeepSpeed).
+            than embeddings, a prompt longer than the context, no task, a task without what the reward compares with,
+            sharded training (FSDP, DeepSpeed).
     """
 
     phase = "train"
@@ -101,6 +106,7 @@ class PactTrainer(Trainer):
         check_vocabulary(model, tokenizer)
         attach_tree_attention(model)
         self.env = env
+        self.scoring = args.reward_options()
         self.config = self._configure(with_context(config or PactConfig(), model))
         self.objective = PactObjective(self.config)
         self.limits = RolloutLimits(
@@ -139,9 +145,22 @@ class PactTrainer(Trainer):
     def _configure(self, config: PactConfig) -> PactConfig:
         return config
 
+    def _plays(self, args: PactTrainingArguments) -> bool:
+        """Whether training generates rollouts."""
+        return args.num_rollouts > 0
+
     def _usable(self, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, args: PactTrainingArguments) -> list[Task]:
         """The tasks that can be trained on, all of them checked before any work is done."""
         check_tasks(tasks)
+        if self._plays(args):
+            check_gold(tasks, self.scoring)
+        else:
+            if self.config.sft_coef == 0:
+                raise ValueError("num_rollouts 0 and sft_coef 0 leave nothing to learn from: set one of them")
+            traced = with_usable_trace(tasks, tokenizer, self.config)
+            if len(traced) < len(tasks):
+                logger.warning(f"{len(tasks) - len(traced)} of {len(tasks)} tasks have no trace that fits: left out")
+            tasks = traced
         limit = args.max_prompt_tokens
         if self.config.context_length is not None:
             room = self.config.context_length - min(args.max_turn_tokens, args.max_response_tokens)
@@ -160,7 +179,7 @@ class PactTrainer(Trainer):
 
         The rollouts that the checkpoint kept are trained on first.
         """
-        if self.config.kl_coef > 0:
+        if self.config.kl_coef > 0 and self._plays(self.args):
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
         if isinstance(resume_from_checkpoint, str):
             self.buffer = deque(load_groups(Path(resume_from_checkpoint) / buffer_name(self.args.process_index)))
@@ -199,9 +218,15 @@ class PactTrainer(Trainer):
 
     def make_groups(self, tasks: list[Task]) -> list[Group]:
         """Play ``num_rollouts`` episodes of every task and turn them, with the traces, into groups to train on."""
+        if not self._plays(self.args):
+            return [self._example(task, reads=False) for task in tasks]
         args, start = self.args, time.perf_counter()
         episodes = self.generate(tasks)
         seconds = time.perf_counter() - start
+        episodes = [
+            with_reward(task, attempts, self.scoring, self.processing_class)
+            for task, attempts in zip(tasks, episodes, strict=True)
+        ]
         estimator = Estimator(args.advantage, args.turn_discount, args.dual_combine)
         groups = [
             rl_group(task, attempts, self.processing_class, estimator, self.config)
@@ -217,6 +242,14 @@ class PactTrainer(Trainer):
         self._attach_logprobs(groups)
         self.meter.add("seconds/logprob", time.perf_counter() - start, args.rollout_batch_steps)
         return groups
+
+    def _example(self, task: Task, reads: bool) -> Group:
+        """The trace as a target and no rollouts; also shown in the prompt when the policy ``reads`` it and it fits."""
+        group = sft_group(task, self.processing_class, self.config, trace_in_context=True) if reads else None
+        self.meter.add("trace_in_context", float(group is not None))
+        group = group or sft_group(task, self.processing_class, self.config, trace_in_context=False)
+        assert group is not None, "_usable kept only traces that fit"
+        return group
 
     def generate(self, tasks: list[Task]) -> list[list[Trajectory]]:
         """Episodes of ``tasks``, ``num_rollouts`` each, sampled from the prompt alone."""
@@ -288,6 +321,8 @@ class PactTrainer(Trainer):
         start = time.perf_counter()
         model.train()
         progress = self.state.global_step / self.state.max_steps
+        for name, value in zip(("rl", "sft"), term_weights(self.config, progress)):
+            self.meter.add(f"weight/{name}", value)
         batches = self.objective.build(inputs, progress, denominators=num_items_in_batch, monitor=self._probing())
         forwards = [partial(self.objective.loss, self.model, batch) for batch in batches]
         if not forwards and self.args.world_size > 1:
@@ -399,6 +434,8 @@ class WarmStartTrainer(PactTrainer):
         return replace(
             config,
             sft_coef=1.0,
+            sft_schedule="constant",
+            sft_token_weight="none",
             answer_weight=1.0,
             tool_call_weight=(1.0, 1.0),
             reasoning_anneal="none",
@@ -406,20 +443,12 @@ class WarmStartTrainer(PactTrainer):
             entropy_coef=0.0,
         )
 
-    def _usable(self, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, args: PactTrainingArguments) -> list[Task]:
-        return super()._usable(with_usable_trace(tasks, tokenizer, self.config), tokenizer, args)
+    def _plays(self, args: PactTrainingArguments) -> bool:
+        return False
 
     def make_groups(self, tasks: list[Task]) -> list[Group]:
         draw = self.stream("context")
         return [self._example(task, draw.random() < self.args.warm_start_context_share) for task in tasks]
-
-    def _example(self, task: Task, reads: bool) -> Group:
-        """One example, with the trace in its prompt when it ``reads`` and that fits."""
-        group = sft_group(task, self.processing_class, self.config, trace_in_context=True) if reads else None
-        self.meter.add("trace_in_context", float(group is not None))
-        group = group or sft_group(task, self.processing_class, self.config, trace_in_context=False)
-        assert group is not None, "_usable kept only traces that fit"
-        return group
 
 
 class _SaveBuffer(TrainerCallback):

@@ -1,9 +1,11 @@
 """Rewards against hand-worked cases, brute force, and the optimality conditions of entropic transport."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
 from pact.rewards import (
     answer_f1,
@@ -108,16 +110,49 @@ def test_an_empty_side_divides_by_nothing(assignment):
     assert match_rewards(PREDICTED, [], assignment, unmatched=-1.0) == [-1.0] * 3
 
 
+SLOW = np.array([[1, 0], [0.54, 1], [0, 1], [1, 0], [1, 0], [0, 0.54]])
+
+
+def log_domain_plan(similarity, reg=0.1, steps=1000):
+    """Sinkhorn in the log domain, from the formula: T_ij = exp(S_ij / reg + a_i + b_j) with uniform marginals."""
+    scaled = similarity / reg
+    rows, columns = scaled.shape
+    b = np.zeros(columns)
+    for _ in range(steps):
+        a = -np.log(rows) - logsumexp(scaled + b, axis=1)
+        b = -np.log(columns) - logsumexp(scaled + a[:, None], axis=0)
+    return np.exp(scaled + a[:, None] + b)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 4), (4, 1), (3, 5), (8, 8)])
-def test_transport_meets_its_optimality_conditions(rows, columns):
-    """T is the plan iff its marginals are uniform and log T - S / reg = a_i + b_j for some a, b."""
+def test_transport_equals_the_log_domain_formula(rows, columns):
+    """And T is the plan iff its marginals are uniform and log T - S / reg = a_i + b_j for some a, b."""
     similarity = np.random.default_rng(rows * 10 + columns).random((rows, columns)).round(1)
     plan = transport_plan(similarity)
-    np.testing.assert_allclose(plan.sum(axis=0), 1 / columns, rtol=1e-12)
+    np.testing.assert_allclose(plan, log_domain_plan(similarity), rtol=1e-7, atol=1e-12)
+    np.testing.assert_allclose(plan.sum(axis=0), 1 / columns, atol=1e-8)
     np.testing.assert_allclose(plan.sum(axis=1), 1 / rows, atol=1e-8)
     rest = np.log(plan) - similarity / 0.1
     double_centred = rest - rest.mean(axis=0) - rest.mean(axis=1, keepdims=True) + rest.mean()
     np.testing.assert_allclose(double_centred, 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("similarity", [np.zeros((3, 2)), np.ones((2, 3)), np.eye(12), np.tri(12, 5), SLOW])
+def test_transport_is_quiet_and_sound_at_the_extremes(similarity):
+    """``SLOW`` stops after 1,000 steps with columns off by 1e-4; rows are exact all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = transport_plan(similarity)
+    rows, columns = similarity.shape
+    np.testing.assert_allclose(plan.sum(axis=1), 1 / rows, rtol=1e-12)
+    np.testing.assert_allclose(plan.sum(axis=0), 1 / columns, atol=1e-3)
+    np.testing.assert_allclose(plan, log_domain_plan(similarity), atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -0.1, 1.1])
+def test_transport_takes_similarities_only(bad):
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        transport_plan(np.array([[0.5, bad]]))
 
 
 def test_transport_rewards():
@@ -127,5 +162,5 @@ def test_transport_rewards():
 
 
 def test_unknown_assignment():
-    with pytest.raises(ValueError, match="'optimal', 'greedy' or 'transport'"):
+    with pytest.raises(ValueError, match="one of optimal, greedy, transport"):
         match_rewards(PREDICTED, GOLD, "hungarian")

@@ -172,7 +172,7 @@ def test_shipped_configurations_parse(path):
     [
         (["--max_stpes", "3"], "unknown argument '--max_stpes': did you mean 'max_steps'?"),
         (["--max_steps", "three"], "invalid int value: 'three'"),
-        (["--num_rollouts", "0"], "num_rollouts is 0"),
+        (["--num_rollouts", "1"], "num_rollouts is 1"),
         (["--anchor_q", "2"], "anchor_q=2.0"),
         (["--env", "toybx"], "unknown environment 'toybx'"),
         (["--env_options.trian", "3"], "trian"),

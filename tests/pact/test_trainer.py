@@ -246,8 +246,11 @@ def test_a_trace_over_the_context_is_dropped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"num_rollouts": 0}, "num_rollouts is 0"),
-        ({"num_rollouts": 1}, "at least 2"),
+        ({"num_rollouts": 1}, "num_rollouts is 1, set it to at least 2 .* or to 0"),
+        ({"num_rollouts": -1}, "num_rollouts is -1"),
+        ({"format_weight": math.nan}, "format_weight is nan"),
+        ({"reward": "praise"}, "unknown reward 'praise': choose one of env"),
+        ({"match_assignment": "hungarian"}, "unknown match_assignment"),
         ({"rollout_batch_steps": 0}, "rollout_batch_steps"),
         ({"warm_start_context_share": 1.5}, "between 0 and 1"),
         ({"top_p": 0.0}, "top_p"),
