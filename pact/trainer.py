@@ -164,6 +164,11 @@ class PactTrainer(Trainer):
         limit = args.max_prompt_tokens
         if self.config.context_length is not None:
             room = self.config.context_length - min(args.max_turn_tokens, args.max_response_tokens)
+            if room < 1:
+                raise ValueError(
+                    f"max_turn_tokens {args.max_turn_tokens} leaves no room for a prompt in a context of "
+                    f"{self.config.context_length} tokens: lower it"
+                )
             limit = room if limit is None else min(limit, room)
         kept = check_prompts(tasks, tokenizer, limit, drop=args.overlong_prompts == "drop")
         if len(kept) < len(tasks):

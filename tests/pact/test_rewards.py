@@ -2,19 +2,27 @@
 
 import itertools
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
 from scipy.special import logsumexp
 
 from pact.rewards import (
+    REWARDS,
+    Gold,
+    Reward,
+    Turn,
     answer_f1,
     answer_verify,
     call_similarity,
     match_rewards,
+    solve_f1_reward,
     solve_metrics,
     strike,
+    toolrl_correctness,
     transport_plan,
+    well_formed,
 )
 
 
@@ -69,6 +77,37 @@ def test_solve_metrics():
 )
 def test_answer_f1(text, gold, f1):
     assert answer_f1(text, gold) == pytest.approx(f1)
+
+
+def test_answer_f1_of_a_text_without_tags():
+    assert answer_f1("New York!", "new york", tags=False) == 1.0
+    assert answer_f1("It is New York", "new york", tags=False) == pytest.approx(2 * 2 / (4 + 2))
+    assert answer_f1("", "new york", tags=False) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("solved", "calls", "expected", "text", "solve_rate", "reward"),
+    [
+        (1, 1, 1, "", 0.0, 1.0),
+        (1, 3, 1, "", 0.0, 2 / 4),
+        (0, 2, 1, "1,024", 0.0, 0.0),  # a call was made: the text does not count
+        (2, 2, 2, "", 0.0, 4 / 3),  # two at once is more than 1, as released
+        (0, 0, 2, " \n", 1.0, -0.5),
+        (0, 0, 2, "it is 1024 <tool_call>{", 1.0, -0.3),
+        (0, 0, 2, "1024</tool_call>", 0.0, -0.3),
+        (0, 0, 2, "It is 1024.", 0.0, 1 / 3),
+        (0, 0, 0, "It is 1,024.", 1.0, 1.0),
+        (0, 0, 0, "I do not know", 1.0, 0.5),
+        (0, 0, 2, "I do not know", 0.5, 0.0),
+    ],
+)
+def test_solve_f1_reward(solved, calls, expected, text, solve_rate, reward):
+    assert solve_f1_reward(solved, calls, expected, text, "1,024", solve_rate) == pytest.approx(reward)
+
+
+def test_solve_f1_reward_of_no_step():
+    with pytest.raises(ValueError, match="no such step: 2 solved by 1 calls of 3"):
+        solve_f1_reward(2, 1, 3, "", "x")
 
 
 def test_call_similarity():
@@ -164,3 +203,147 @@ def test_transport_rewards():
 def test_unknown_assignment():
     with pytest.raises(ValueError, match="one of optimal, greedy, transport"):
         match_rewards(PREDICTED, GOLD, "hungarian")
+
+
+def released_toolrl(gold_calls, pred_calls):
+    """ToolRL's correctness as its release computes it, with lists and counters (float64)."""
+
+    def overlap(one, other):
+        if one == other:
+            return 1.0
+        if not one or not other:
+            return 0.0
+        one, other = Counter(one), Counter(other)
+        shared = sum(min(one[k], other[k]) for k in one)
+        return shared / (sum(one.values()) + sum(other.values()) - shared)
+
+    score = overlap(sorted(c["name"] for c in gold_calls), sorted(c["name"] for c in pred_calls))
+    most, used = 1.0, set()
+    for gold in gold_calls:
+        most += 1 + len(gold["arguments"])
+        best, best_index = 0.0, None
+        for i, pred in enumerate(pred_calls):
+            if i not in used and pred["name"] == gold["name"]:
+                value = overlap(sorted(gold["arguments"]), sorted(pred["arguments"]))
+                value += sum(pred["arguments"].get(k, None) == v for k, v in gold["arguments"].items())
+                if value > best:
+                    best, best_index = value, i
+        if best_index is not None:
+            used.add(best_index)
+            score += best
+    return 6 * score / most - 3
+
+
+def random_calls(rng, least):
+    names, keys = ["f", "g", "h"], ["a", "b", "c"]
+    return [
+        call(str(rng.choice(names)), **{k: int(rng.integers(3)) for k in keys[: rng.integers(0, 4)]})
+        for _ in range(rng.integers(least, 6))
+    ]
+
+
+def test_toolrl_correctness_is_the_released_one():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        pred, gold = random_calls(rng, 0), random_calls(rng, 1)
+        assert toolrl_correctness(pred, gold) == pytest.approx(released_toolrl(gold, pred), abs=1e-12)
+        assert -3 <= toolrl_correctness(pred, gold) <= 3
+
+
+def test_toolrl_correctness_at_its_ends():
+    assert toolrl_correctness(GOLD, GOLD) == 3.0
+    assert toolrl_correctness([], GOLD) == -3.0
+    assert toolrl_correctness([call("other")], GOLD) == -3.0
+    assert toolrl_correctness(GOLD, []) == toolrl_correctness([], []) == 0.0
+    # names 1/1, argument names 1/2, values 1 of 2: 6 * 2.5 / 4 - 3
+    assert toolrl_correctness([call("f", a=1)], [call("f", a=1, b=1)]) == pytest.approx(6 * 2.5 / 4 - 3)
+
+
+# One episode: a right call, then a call that repeats it beside a wrong one, then the answer.
+TURNS = [
+    Turn("", [call("f", a=1)], ["paris"], True),
+    Turn("", [call("f", a=1), call("g")], ["paris", "paris"], True),
+    Turn("It is <answer>Lyon, France</answer>", [], [], True),
+]
+WANTED = Gold([call("f", a=1), call("g", b=2)], "lyon", {"f": ["paris"], "g": ["rome"]})
+OWN = (0.25, [0.0, 0.25, 0.0])
+
+
+def test_the_environments_own_reward_stays():
+    assert Reward().is_own
+    assert Reward().of(TURNS, Gold(), OWN) == (0.25, [0.0, 0.25, 0.0])
+    assert not Reward(format_weight=0.5).is_own
+    assert Reward(format_weight=0.5).of(TURNS, Gold(), OWN) == (0.75, [0.0, 0.25, 0.5])
+
+
+def test_solve_f1_of_an_episode():
+    """Whole episode: 1 struck by 3 calls. Turns: FTRL's steps, with what is still open; Rome is never struck."""
+    reward, turns = Reward("solve_f1").of(TURNS, WANTED, OWN)
+    assert reward == 2 * 1 / (3 + 1)
+    assert turns == [2 * 1 / (1 + 1), 0.0, 1 / (1 + 1)]
+    silent = [Turn("", [], [], False)]
+    assert Reward("solve_f1").of(silent, WANTED, OWN) == (-0.5, [-0.5])
+    broken = [Turn("<tool_call>{</tool_call>", [], [], False), Turn("lyon", [], [], True)]
+    assert Reward("solve_f1").of(broken, WANTED, OWN) == (-0.3, [-0.3, 1 / 3])
+
+
+def test_toolrl_of_an_episode():
+    calls = [c for turn in TURNS for c in turn.calls]
+    correct = toolrl_correctness(calls, WANTED.calls)
+    assert Reward("toolrl").of(TURNS, WANTED, OWN) == (correct + 1, [0.0, 0.0, correct + 1])
+    assert Reward("toolrl", format_weight=0.0).of(TURNS, WANTED, OWN) == (correct, [0.0, 0.0, correct])
+
+
+def test_matchtir_of_an_episode():
+    """Each gold call is given once: the call that repeats the first one is unmatched."""
+    answer = 2 * 1 / (2 + 1)  # {lyon, france} against {lyon}
+    g = (1 + 0 + 0) / 3
+    for assignment in ("optimal", "greedy"):
+        reward, turns = Reward("matchtir", assignment).of(TURNS, WANTED, OWN)
+        assert turns == pytest.approx([1.0, g / 2, answer])
+        assert reward == pytest.approx(sum(turns))
+    _, turns = Reward("matchtir", match_unmatched=-0.5).of(TURNS, WANTED, OWN)
+    assert turns == pytest.approx([1.0, (g - 0.5) / 2, answer])
+    _, turns = Reward("matchtir", "transport").of(TURNS, WANTED, OWN)
+    similarity = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, g]])
+    shares = (log_domain_plan(similarity) * similarity).sum(axis=1)
+    assert turns == pytest.approx([shares[0], (shares[1] + shares[2]) / 2, answer])
+    assert Reward("matchtir").of(TURNS, Gold([], "lyon"), OWN)[1] == [0.0, 0.0, pytest.approx(answer)]
+    assert Reward("matchtir").of(TURNS[:2], WANTED, OWN)[1] == pytest.approx([1.0, g / 2])  # cut: no answer
+
+
+def test_answer_f1_of_an_episode():
+    assert Reward("answer_f1").of(TURNS, WANTED, OWN) == (pytest.approx(2 / 3), [0.0, 0.0, pytest.approx(2 / 3)])
+    assert Reward("answer_f1").of(TURNS[:2], WANTED, OWN) == (0.0, [0.0, 0.0])
+    plain = [Turn("Lyon", [], [], True)]
+    assert Reward("answer_f1").of(plain, WANTED, OWN) == (0.0, [0.0])
+    assert Reward("answer_f1", answer_tags=False).of(plain, WANTED, OWN) == (1.0, [1.0])
+
+
+@pytest.mark.parametrize(
+    ("turns", "tagged", "plain"),
+    [
+        (TURNS, True, True),
+        (TURNS[:2], False, False),  # ends with a call
+        ([Turn("<answer>a</answer><answer>b</answer>", [], [], True)], False, True),
+        ([Turn("<answer>a", [], [], True)], False, True),
+        ([Turn("a", [], [], True)], False, True),
+        ([Turn(" ", [], [], True)], False, False),
+        ([Turn("", [], [], False), Turn("<answer>a</answer>", [], [], True)], False, False),
+    ],
+)
+def test_format_term(turns, tagged, plain):
+    assert well_formed(turns) is tagged
+    assert well_formed(turns, answer_tags=False) is plain
+
+
+def test_what_a_reward_needs():
+    missing = {name: Reward(name).missing(Gold()) for name in REWARDS}
+    assert missing == {
+        "env": [],
+        "solve_f1": ["expected", "answer"],
+        "toolrl": ["calls"],
+        "matchtir": ["calls", "answer"],
+        "answer_f1": ["answer"],
+    }
+    assert all(Reward(name).missing(WANTED) == [] for name in REWARDS)

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pact.schedules import check_progress, linear, reasoning_weights, segment_weights, supervised_segments
+from pact.schedules import (
+    check_progress,
+    linear,
+    reasoning_weights,
+    segment_weights,
+    supervised_segments,
+    warmup_cosine,
+)
 
 blocks = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), max_size=4)
 
@@ -91,3 +98,27 @@ def test_other_ways_to_anneal_reasoning():
 def test_progress_outside_the_run_is_an_error(progress):
     with pytest.raises(ValueError, match="progress"):
         check_progress(progress)
+
+
+def mu_by_steps(step, warmup_steps, decay_steps, peak, valley):
+    """CHORD's schedule as its release has it: in optimiser steps."""
+    if step < warmup_steps:
+        return step / warmup_steps * peak
+    if step >= warmup_steps + decay_steps:
+        return valley
+    return (peak - valley) * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / decay_steps)) + valley
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "peak", "valley"),
+    [(0, 200, 0.9, 0.05), (200, 400, 0.5, 0.02), (0, 0, 0.1, 0.1), (10, 0, 0.9, 0.1), (0, 600, 1.0, 0.0)],
+)
+def test_warmup_cosine_is_the_released_schedule(warmup, decay, peak, valley):
+    for step in range(0, 601, 7):
+        ours = warmup_cosine(step / 600, warmup / 600, decay / 600, peak, valley)
+        assert ours == pytest.approx(mu_by_steps(step, warmup, decay, peak, valley), abs=1e-12)
+
+
+def test_warmup_cosine_at_its_corners():
+    mu = [warmup_cosine(s, 0.2, 0.4, 0.9, 0.1) for s in (0.0, 0.1, 0.2, 0.4, 0.6, 1.0)]
+    assert mu == pytest.approx([0.0, 0.45, 0.9, 0.5, 0.1, 0.1])

@@ -205,6 +205,40 @@ def test_an_unknown_key_in_the_file_names_the_file(config, capsys):
     assert f"unknown setting 'learning_rte' in {config}: did you mean 'learning_rate'?" in capsys.readouterr().err
 
 
+def test_a_configuration_extends_another(config, tmp_path):
+    """Paths are relative to the file that names them; the nearer file wins; null is the default again."""
+    (tmp_path / "deep").mkdir()
+    middle, near = tmp_path / "deep" / "middle.yaml", tmp_path / "near.yaml"
+    middle.write_text("extends: ../tiny.yaml\nmax_steps: 5\nreward: answer_f1\nwarm_start_lr: null\n")
+    near.write_text("extends: deep/middle.yaml\nmax_steps: 6\n")
+    settings = parse_settings(["--num_rollouts", "3"], near)
+    training = settings.training
+    assert (training.max_steps, training.reward, training.num_rollouts) == (6, "answer_f1", 3)
+    assert (training.warm_start_lr, training.learning_rate) == (1e-5, 0.01)
+    assert "extends" not in settings.values
+    copy = tmp_path / "deep" / "copy.yaml"
+    copy.write_text(yaml.safe_dump(settings.values))
+    assert parse_settings([], copy).values == settings.values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: tiny.yaml", "tiny.yaml extends itself"),
+        ("extends: other.yaml", "tiny.yaml extends itself"),
+        ("extends: gone.yaml", "no configuration file gone.yaml"),
+        ("extends: [a, b]", "extends must be the path of one YAML file, not ['a', 'b']"),
+        ("extends: typo.yaml", "unknown setting 'max_stpes' in typo.yaml: did you mean 'max_steps'?"),
+    ],
+)
+def test_bad_extensions(config, capsys, text, message):
+    Path("other.yaml").write_text("extends: tiny.yaml\n")
+    Path("typo.yaml").write_text("max_stpes: 3\n")
+    config.write_text(text)
+    assert cli.main(["train", "tiny.yaml"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_saved_model_is_trained_with_its_own_tokenizer(config, capsys):
     tokenizer = toybox().tokenizer()
     tiny_model(tokenizer).save_pretrained("model")

@@ -223,6 +223,8 @@ def test_a_prompt_longer_than_the_context_is_an_error_or_left_out(tmp_path):
         make_trainer(tmp_path, max_prompt_tokens=50)
     with pytest.raises(ValueError, match="context_length 4096 is over the model's 2048"):
         make_trainer(tmp_path, config=PactConfig(context_length=4096))
+    with pytest.raises(ValueError, match="max_turn_tokens 64 leaves no room for a prompt in a context of 60 tokens"):
+        make_trainer(tmp_path, config=PactConfig(context_length=60), max_turn_tokens=64)
     lengths = sorted(_prompt_lengths(toybox()))
     trainer = make_trainer(tmp_path, max_prompt_tokens=lengths[3], overlong_prompts="drop")
     assert len(trainer.train_dataset) == sum(length <= lengths[3] for length in lengths)
