@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from pact.advantages import dr_grpo, dual_level, grpo, rloo, turn_level
 
@@ -51,6 +52,36 @@ def test_dual_level_equals_numpy(combine, scale):
     expected = [[scale * (w + part) for part in row] for w, row in zip(whole, numpy_turn_level(TURNS, 0.9))]
     for ours, theirs in zip(dual_level(TURNS, combine=combine), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_random_groups_in_float64_torch():
+    """As the released code goes about it: rewards on a padded grid, statistics a column, torch's unbiased std."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        turns = [rng.random(rng.integers(1, 6)).round(1).tolist() for _ in range(rng.integers(2, 9))]
+        grid = torch.full((len(turns), max(map(len, turns))), torch.nan, dtype=torch.float64)
+        for i, row in enumerate(turns):
+            grid[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+        whole = grid.nansum(1)
+        outcome = (whole - whole.mean()) / (whole.std() + 1e-6)
+        returns = grid.nan_to_num()
+        for t in reversed(range(grid.shape[1] - 1)):
+            returns[:, t] += 0.9 * returns[:, t + 1]
+        part = torch.zeros_like(grid)
+        for t in range(grid.shape[1]):
+            reached = ~grid[:, t].isnan()
+            column = returns[reached, t]
+            if len(column) > 1:
+                column = (column - column.mean()) / (column.std() + 1e-6)
+            part[reached, t] = column
+        for i, row in enumerate(turns):
+            expected = outcome[i] + part[i, : len(row)]
+            np.testing.assert_allclose(dual_level(turns)[i], expected, atol=1e-5)
+            np.testing.assert_allclose(dual_level(turns, combine="mean")[i], expected / 2, atol=1e-5)
+        np.testing.assert_allclose(grpo(whole.tolist()), outcome, atol=1e-9)
+        n = len(turns)
+        np.testing.assert_allclose(rloo(whole.tolist()), n / (n - 1) * (whole - whole.mean()), atol=1e-12)
+        np.testing.assert_allclose(dr_grpo(whole.tolist()), whole - whole.mean(), atol=1e-12)
 
 
 def test_a_turn_that_one_rollout_reaches_stands_for_itself():

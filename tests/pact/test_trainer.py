@@ -177,6 +177,16 @@ def test_evaluation_samples_at_its_own_temperature(tmp_path):
     assert {sampling.temperature for sampling in replies(eval_temperature=0.7)} == {0.7}
 
 
+def test_evaluation_reports_the_environments_own_score(tmp_path):
+    trainer = make_trainer(tmp_path, kind=PactTrainer, eval_tasks=4, reward="toolrl", max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["reward"] == -3.0
+    assert trainer.state.log_history[0]["env_reward"] == 0.0
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] == metrics["eval_success"] == 0.0
+    assert "eval_env_reward" not in metrics
+
+
 @pytest.mark.parametrize(
     ("trace", "message"),
     [
