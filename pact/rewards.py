@@ -11,6 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -193,10 +194,9 @@ def transport_plan(similarity_PG: NDArray[np.float64], reg: float = 0.1) -> NDAr
     """
     if not ((similarity_PG >= 0) & (similarity_PG <= 1)).all():
         raise ValueError("similarities must lie in 0..1")
-    try:
-        import ot  # seconds, and only the transport needs it
-    except ImportError as error:
-        raise RuntimeError("match_assignment transport needs POT: pip install 'pact-kernels[train]'") from error
+    _check_pot()
+    import ot  # takes seconds, and only the transport needs it
+
     n_rows, n_columns = similarity_PG.shape
     uniform = (np.full(n_rows, 1 / n_rows), np.full(n_columns, 1 / n_columns))
     return ot.sinkhorn(*uniform, -similarity_PG, reg=reg, warn=False)
@@ -204,7 +204,7 @@ def transport_plan(similarity_PG: NDArray[np.float64], reg: float = 0.1) -> NDAr
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn as the rewards read it: nothing here was written by a tool.
+    """One assistant turn as the rewards read it; only ``observations`` were written by tools.
 
     ``text``: what the policy wrote after its reasoning, without the end-of-turn token. ``calls``: those of it that
     could be read. ``observations``: what they returned, in order; fewer where the episode ended first.
@@ -261,6 +261,7 @@ class Reward:
 
     Raises:
         ValueError: an unknown name or assignment, a number that is not finite.
+        RuntimeError: the assignment is "transport" and POT is not installed.
     """
 
     name: str = "env"
@@ -280,6 +281,8 @@ class Reward:
             value = getattr(self, setting)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{setting} is {value}: set it to a finite number")
+        if self.name == "matchtir" and self.match_assignment == "transport":
+            _check_pot()
 
     @property
     def is_own(self) -> bool:
@@ -367,6 +370,11 @@ def _greedy_pairs(similarity_PG: NDArray[np.float64]) -> list[tuple[int, int]]:
 
 def _words(text: str) -> set[str]:
     return set(text.lower().translate(_SPACES_FOR_PUNCTUATION).split())
+
+
+def _check_pot() -> None:
+    if find_spec("ot") is None:
+        raise RuntimeError("match_assignment transport needs POT: pip install 'pact-kernels[train]'")
 
 
 def _plain(text: str) -> str:

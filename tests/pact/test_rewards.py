@@ -200,6 +200,13 @@ def test_transport_rewards():
     assert match_rewards([call("f", a=1)], [call("f", a=1)], "transport") == [pytest.approx(1.0)]
 
 
+def test_transport_without_pot_is_refused_before_any_rollout(monkeypatch):
+    monkeypatch.setattr("pact.rewards.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="transport needs POT: pip install"):
+        Reward("matchtir", "transport")
+    assert Reward("toolrl", "transport").name == "toolrl"
+
+
 def test_unknown_assignment():
     with pytest.raises(ValueError, match="one of optimal, greedy, transport"):
         match_rewards(PREDICTED, GOLD, "hungarian")
