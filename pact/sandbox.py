@@ -54,11 +54,12 @@ class ToolResult:
 @dataclass(frozen=True)
 class SandboxLimits:
     """Of one call. ``memory_bytes``: address space. ``output_bytes``: of the result in UTF-8; a longer one fails.
-    ``scratch_bytes``: of /tmp. ``open_files``: file descriptors."""
+    ``scratch_bytes``, ``scratch_files``: of /tmp. ``open_files``: file descriptors."""
 
     memory_bytes: int = 512 << 20
     output_bytes: int = 1 << 20
     scratch_bytes: int = 16 << 20
+    scratch_files: int = 10_000
     open_files: int = 64
 
     def __post_init__(self) -> None:
@@ -75,15 +76,17 @@ class Sandbox:
     """Calls functions of untrusted Python source.
 
     A long-lived worker sits behind bubblewrap and forks one child a call, so a call costs milliseconds and no state
-    passes from one to the next. The child sees a read-only root with /usr, the interpreter's standard library and an
-    empty /tmp (wiped after every call; read-only with bubblewrap older than 0.7, which cannot bound its size); no
-    network, none of our environment variables, no /proc, no capabilities, of site-packages what ``packages`` names. A system call filter refuses it new
-    processes, threads and programs, signals and tracing. Memory, output, files, CPU time and wall clock are limited.
-    Hashes and ``random`` are seeded alike in every call, so that a result repeats.
+    passes from one to the next. The child sees a read-only root with /usr, the interpreter's standard library, what
+    ``packages`` names and an empty /tmp (wiped after every call; read-only with bubblewrap older than 0.7, which cannot
+    bound its size); no network, none of our environment variables or open files, no /proc, no capabilities. A system
+    call filter refuses it new processes, threads and programs (so there is nothing to count and no tree to kill),
+    signals, tracing, sockets, and whatever would outlive it or reach its worker. Memory, output, files, CPU time and
+    wall clock are limited. Hashes and ``random`` are seeded alike in every call, so that a result repeats.
 
-    Not covered: holes in the kernel; timing channels; a tool that slows its neighbours by using a full core until its
-    time is up; System V memory and sockets it leaves in its worker's own namespaces; what the standard library and /usr
-    of this machine contain (readable); threads and third-party packages (a tool that needs them fails).
+    Not covered: holes in the kernel; side channels (timing, counters such as process ids); a tool that slows its
+    neighbours by using a full core until its time is up; what the standard library, /usr and ``packages`` contain
+    (readable); a tool that lies about its own result; tools that need threads, processes or sockets (they fail). The
+    code of ``preload`` is not under the filter. With ``unsafe_no_isolation`` only limits and filter are left.
 
     Args:
         workers: how many calls may run at once, from threads; ``call`` waits for a free one.
@@ -94,7 +97,7 @@ class Sandbox:
             behind the walls, but before the system call filter; what it writes to /tmp is wiped. Memory they take
             counts against each call's limit.
         unsafe_no_isolation: run without bubblewrap: the tools read and write this user's files and use the network.
-            Resource limits and system call filter stay.
+            Limits stay, except those of /tmp, and so does the system call filter, except for sockets.
         **limits: fields of ``SandboxLimits``.
 
     Raises:
@@ -118,9 +121,8 @@ class Sandbox:
         self._workers = workers
         self._command = _command(self.limits, _checked(packages), list(preload), isolated=not unsafe_no_isolation)
         self._open_pool()
-        self._slots.put(
-            self._start(self._slots.get())
-        )  # a sandbox that cannot start says so now, not at the first call
+        # A sandbox that cannot start says so now, not at the first call.
+        self._slots.put(self._start(self._slots.get()))
 
     def call(self, source: str, name: str, arguments: dict[str, Any], timeout: float = 10.0) -> ToolResult:
         """Execute ``source`` as one module, with ``datetime`` (the class) at hand, and call its function ``name``.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import errno
 import gc
 import importlib
 import json
@@ -16,7 +17,6 @@ import platform
 import random
 import resource
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -29,50 +29,92 @@ REQUEST = struct.Struct("!dI")  # wall-clock limit in seconds, bytes of JSON tha
 REPLY = struct.Struct("!BI")  # status, bytes of UTF-8 text that follow
 OK, FAILED, TIMED_OUT, READY, BROKEN = range(5)
 
+_WATCH = 0.05  # seconds between two looks at what a call under way has left in /tmp
 _PROBE = "import os\ndef probe():\n    try:\n        os.fork()\n    except OSError:\n        return 'refused'\n"
 
-# System calls a tool is refused: new processes, threads and programs, signals and memory of other processes, limits,
-# namespaces, and the kernel interfaces with the longest record of holes. RLIMIT_NPROC alone does not bind root.
+# System calls a tool is refused, with their numbers on x86_64 and aarch64 (0: not there). RLIMIT_NPROC alone does not
+# bind root. Without capabilities the kernel refuses some of these anyway; without isolation only this table does.
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _REFUSED = {
-    "x86_64": {
-        "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62, "ptrace": 101, "rt_sigqueueinfo": 129,
-        "mount": 165, "tkill": 200, "tgkill": 234, "keyctl": 250, "unshare": 272, "rt_tgsigqueueinfo": 297,
-        "perf_event_open": 298, "prlimit64": 302, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
-        "bpf": 321, "execveat": 322, "userfaultfd": 323, "pidfd_send_signal": 424, "io_uring_setup": 425,
-        "clone3": 435, "pidfd_getfd": 438,
-    },
-    "aarch64": {
-        "mount": 40, "unshare": 97, "ptrace": 117, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138,
-        "keyctl": 219, "clone": 220, "execve": 221, "rt_tgsigqueueinfo": 240, "perf_event_open": 241,
-        "prlimit64": 261, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271, "bpf": 280,
-        "execveat": 281, "userfaultfd": 282, "pidfd_send_signal": 424, "io_uring_setup": 425, "clone3": 435,
-        "pidfd_getfd": 438,
-    },
+    # new processes, threads and programs
+    "clone": (56, 220), "fork": (57, 0), "vfork": (58, 0), "execve": (59, 221), "execveat": (322, 281),
+    "clone3": (435, 435),
+    # signals to and memory of other processes; leaving the process group that is killed
+    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440), "process_mrelease": (448, 448), "kcmp": (312, 272), "setpgid": (109, 154),
+    "setsid": (112, 157),
+    # limits and scheduling, its own and its worker's
+    "prlimit64": (302, 261), "setrlimit": (160, 164), "setpriority": (141, 140), "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274), "migrate_pages": (256, 238), "move_pages": (279, 239), "mbind": (237, 235),
+    "set_mempolicy": (238, 237), "set_mempolicy_home_node": (450, 450),
+    # what would outlive the process: System V and POSIX queues, memory and semaphores, keys, extended attributes
+    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "add_key": (248, 217),
+    "request_key": (249, 218), "keyctl": (250, 219), "setxattr": (188, 5), "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    # memory that no limit counts
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "inotify_init": (253, 0), "inotify_init1": (294, 26),
+    # namespaces and mounts
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
+    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "statmount": (457, 457),
+    "listmount": (458, 458),
+    # the kernel interfaces with the longest record of holes
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "personality": (135, 92), "modify_ldt": (154, 0),
+    "fanotify_init": (300, 262), "vhangup": (153, 58),
+    # the machine: clock, modules, log, names, swap, power
+    "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171), "clock_adjtime": (305, 266),
+    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116), "sethostname": (170, 161),
+    "setdomainname": (171, 162), "swapon": (167, 224), "swapoff": (168, 225), "acct": (163, 89),
+    "quotactl": (179, 60), "quotactl_fd": (443, 443), "iopl": (172, 0), "ioperm": (173, 0),
 }  # fmt: skip
+_NETWORK = {"socket": (41, 198)}
+# Of these only some uses are refused: (place of the argument, its values). A signal's receiver and kind can be set by
+# fcntl and ioctl too; the rest pushes input into a terminal or loads a line discipline.
+_REFUSED_USES = {
+    "fcntl": ((72, 25), 1, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    "ioctl": ((16, 29), 1, (0x8901, 0x8902, 0x5412, 0x541C, 0x5423)),  # FIOSETOWN, SIOCSPGRP, TIOCSTI, -LINUX, -SETD
+    "prctl": ((157, 167), 0, (1,)),  # PR_SET_PDEATHSIG: it dies with its worker
+    "socketpair": ((53, 199), 0, tuple(family for family in range(64) if family != socket.AF_UNIX)),
+}
+_UNKNOWN = 463  # the first number this table does not know; the x32 calls of x86_64 lie above it
 
 
 class SyscallFilter:
-    """A seccomp program that answers EPERM to the calls of ``_REFUSED``; OSError where the kernel declines it."""
+    """A seccomp program that answers EPERM to ``_REFUSED`` (and new sockets, unless ``network``) and ENOSYS to calls
+    newer than this table; OSError where the kernel declines it."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: bool) -> None:
         machine = platform.machine()
         if machine not in _ARCHITECTURES:
             raise OSError(f"no system call table for {machine}: add it to pact/sandbox_worker.py")
+        column = list(_ARCHITECTURES).index(machine)
         load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
-        refuse, kill, allow = 0x00050000 | 1, 0x80000000, 0x7FFF0000
-        numbers = sorted(_REFUSED[machine].values())
-        # Offsets 4 and 0 of seccomp_data hold architecture and number; the x32 table of x86_64 starts at bit 30.
+        refuse, absent, kill, allow = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000, 0x7FFF0000
+        # seccomp_data: the number at 0, the architecture at 4, arguments of 8 bytes from 16 (low half first).
         program = [(load, 0, 0, 4), (equal, 1, 0, _ARCHITECTURES[machine]), (give, 0, 0, kill), (load, 0, 0, 0)]
-        program += [(at_least, len(numbers) + 1, 0, 0x40000000)]
-        program += [(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-        program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+        program += [(at_least, 0, 1, _UNKNOWN), (give, 0, 0, absent)]
+        for numbers in (_REFUSED if network else _REFUSED | _NETWORK).values():
+            if numbers[column]:
+                program += [(equal, 0, 1, numbers[column]), (give, 0, 0, refuse)]
+        for numbers, place, values in _REFUSED_USES.values():
+            program += [(equal, 0, 2 * len(values) + 2, numbers[column]), (load, 0, 0, 16 + 8 * place)]
+            program += [step for value in values for step in ((equal, 0, 1, value), (give, 0, 0, refuse))]
+            program += [(give, 0, 0, allow)]
+        program += [(give, 0, 0, allow)]
         self._code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
         self._program = ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(self._code)))
         self._prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def install(self) -> None:
-        set_seccomp, mode_filter, no_new_privileges = 22, 2, 38
+        """From here on this process is under the filter, and it ends with its parent."""
+        set_death_signal, set_seccomp, mode_filter, no_new_privileges = 1, 22, 2, 38
+        self._prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
         if self._prctl(no_new_privileges, 1, 0, 0, 0) or self._prctl(set_seccomp, mode_filter, self._program, 0, 0):
             raise OSError(ctypes.get_errno(), "the kernel declines the system call filter")
 
@@ -90,19 +132,27 @@ def invoke(request: dict[str, Any]) -> str:
     return result if type(result) is str else str(result)
 
 
+class Stopped(Exception):
+    """The call under way must end."""
+
+    def __init__(self, status: int, text: bytes = b"") -> None:
+        self.status, self.text = status, text
+
+
 class Worker:
     """One call after the other over ``channel``, each in its own child."""
 
     def __init__(self, channel: socket.socket, config: dict[str, Any]) -> None:
         self.channel, self.config = channel, config
-        self.filter = SyscallFilter()
+        self._prefix = os.urandom(16).hex().encode()  # of names no tool can have guessed
+        self.filter = SyscallFilter(network=not config["isolated"])
 
     def start(self) -> None:
         """Check the filter, leave nothing of the preparations behind, and say so; OSError: this worker cannot serve."""
         probe = {"source": _PROBE, "name": "probe", "arguments": {}}
         status, text = self.run(json.dumps(probe).encode(), 30.0)
         if (status, text) != (OK, b"refused"):
-            raise OSError(f"the system call filter does not hold: {text.decode()}")
+            raise OSError(f"its first call, which tries to fork, ended with: {text.decode('utf-8', 'replace')}")
         self._reply(READY, b"")
 
     def serve(self) -> None:
@@ -118,15 +168,18 @@ class Worker:
         if pid == 0:
             self._child(request, child_fd, timeout)
         os.close(child_fd)
+        stopped = None
         try:
             frame = self._collect(result_fd, deadline)
+        except Stopped as reason:
+            stopped = reason
         finally:
             os.close(result_fd)
             os.kill(pid, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         self._wipe_scratch()
-        if frame is None:
-            return TIMED_OUT, b""
+        if stopped is not None:
+            return stopped.status, stopped.text
         status, length = REPLY.unpack(frame[: REPLY.size]) if len(frame) >= REPLY.size else (None, 0)
         if status in (OK, FAILED) and len(frame) == REPLY.size + length:
             return status, frame[REPLY.size :]
@@ -141,6 +194,8 @@ class Worker:
                 random.seed(0)  # hashes are seeded too: a result depends on source, arguments and clock
                 text, status = invoke(json.loads(request)), OK
             except BaseException as error:  # SystemExit and KeyboardInterrupt of a tool are its failure, not ours
+                # Frees what the tool held: else there may be no memory to say so.
+                error.__traceback__ = error.__context__ = None
                 text = str(error) or type(error).__name__
             data, limit = text.encode("utf-8", "replace"), self.config["output_bytes"]
             if len(data) > limit:
@@ -156,7 +211,7 @@ class Worker:
         for standard in (0, 1, 2):
             os.dup2(null, standard)
         os.closerange(3, fd)
-        os.closerange(fd + 1, max(null, self.channel.fileno()) + 1)
+        os.closerange(fd + 1, 1 << 20)
         config, cpu = self.config, int(timeout) + 2  # the worker's clock comes first; this one is the backstop
         limits = {
             resource.RLIMIT_CPU: cpu,
@@ -172,8 +227,8 @@ class Worker:
             resource.setrlimit(kind, (value, value))
         self.filter.install()
 
-    def _collect(self, fd: int, deadline: float) -> bytes | None:
-        """What the child wrote until it closed the pipe, cut just over the limit; None when the time is up."""
+    def _collect(self, fd: int, deadline: float) -> bytes:
+        """What the child wrote until it closed the pipe, cut just over the limit; Stopped when its time is up."""
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         poller.register(self.channel, 0)  # a hang-up is reported unasked: nobody waits for the result any more
@@ -181,8 +236,8 @@ class Worker:
         while len(data) <= REPLY.size + self.config["output_bytes"]:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                return None
-            events = dict(poller.poll(remaining * 1000))
+                raise Stopped(TIMED_OUT)
+            events = dict(poller.poll(min(remaining, _WATCH) * 1000))
             if self.channel.fileno() in events:
                 raise SystemExit
             if fd in events:
@@ -190,14 +245,39 @@ class Worker:
                 if not chunk:
                     break
                 data += chunk
+            self._count_files()
         return bytes(data)
 
-    def _wipe_scratch(self) -> None:
-        # Whatever cannot be wiped ends this worker: the next one starts with an empty folder.
+    def _count_files(self) -> None:
+        # The kernel bounds the bytes of /tmp, not the number of files, and each costs it memory that no limit counts.
         if self.config["scratch"] is not None:
-            with os.scandir(self.config["scratch"]) as entries:
-                for entry in entries:
-                    shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+            state, limit = os.statvfs(self.config["scratch"]), self.config["scratch_files"]
+            if state.f_files - state.f_ffree > limit + 1:
+                raise Stopped(FAILED, f"it made more than {limit} files".encode())
+
+    def _wipe_scratch(self) -> None:
+        """Empty /tmp, whatever the tool did to modes, depth and names. What cannot be wiped ends this worker."""
+        if self.config["scratch"] is None:
+            return
+        root = os.fsencode(self.config["scratch"])
+        os.chmod(root, 0o700)
+        raised = 0
+        while entries := list(os.scandir(root)):
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                os.chmod(entry.path, 0o700)
+                for inner in list(os.scandir(entry.path)):
+                    if not inner.is_dir(follow_symlinks=False):
+                        os.unlink(inner.path)
+                        continue
+                    # A folder inside comes to the top, so that no path is ever too long and no nesting too deep.
+                    os.chmod(inner.path, 0o700)
+                    os.rename(inner.path, b"%s/%s-%d" % (root, self._prefix, raised))
+                    raised += 1
+                os.rmdir(entry.path)
+        os.utime(root, (0, 0))  # these would carry a message from call to call
 
     def _read(self, size: int) -> bytes:
         data = bytearray()
