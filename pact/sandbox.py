@@ -64,8 +64,9 @@ class SandboxLimits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"sandbox limit {name} must be a positive integer, got {value!r}")
+            highest = 1 << 30 if name == "output_bytes" else 1 << 62  # what a reply and the kernel can count
+            if not isinstance(value, int) or not 1 <= value <= highest:
+                raise ValueError(f"sandbox limit {name} must be a positive integer up to {highest}, got {value!r}")
 
 
 class _WorkerLost(Exception):

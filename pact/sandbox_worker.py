@@ -66,12 +66,13 @@ _REFUSED = {
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "personality": (135, 92), "modify_ldt": (154, 0),
     "fanotify_init": (300, 262), "vhangup": (153, 58),
-    # the machine: clock, modules, log, names, swap, power
+    # the machine: clock, modules, log, names, swap, power, disks
     "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171), "clock_adjtime": (305, 266),
     "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
     "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116), "sethostname": (170, 161),
     "setdomainname": (171, 162), "swapon": (167, 224), "swapoff": (168, 225), "acct": (163, 89),
-    "quotactl": (179, 60), "quotactl_fd": (443, 443), "iopl": (172, 0), "ioperm": (173, 0),
+    "quotactl": (179, 60), "quotactl_fd": (443, 443), "iopl": (172, 0), "ioperm": (173, 0), "sync": (162, 81),
+    "syncfs": (306, 267),
 }  # fmt: skip
 _NETWORK = {"socket": (41, 198)}
 # Of these only some uses are refused: (place of the argument, its values). A signal's receiver and kind can be set by

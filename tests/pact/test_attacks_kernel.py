@@ -129,6 +129,7 @@ CALLS = {
     "disk priority of its worker": "syscall('ioprio_set', 1, os.getppid(), 0x6000)",
     "input to a terminal": "syscall('ioctl', 0, 0x5412, 0)",
     "line discipline": "syscall('ioctl', 0, 0x5423, 0)",
+    "flush of all disks": "syscall('sync')",
     "power": "syscall('reboot', 0xfee1dead, 672274793, 0x1234567, 0)",
 }
 
