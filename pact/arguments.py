@@ -299,7 +299,7 @@ def split_dotted(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 def nearest(name: str, known: set[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {near[0]!r}?" if near else ": pact train --help lists all settings"
+    return f": did you mean {near[0]!r}?" if near else ": --help lists all settings"
 
 
 def _build(parser: SettingsParser, found: dict[str, Any]) -> RunSettings:

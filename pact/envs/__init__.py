@@ -10,7 +10,12 @@ from pact.envs.base import Environment, Episode, Score, Task
 
 __all__ = ["Environment", "Episode", "Score", "Task", "make"]
 
-_ENVIRONMENTS = {"toybox": ("pact.envs.toybox", "Toybox"), "ftrl": ("pact.envs.ftrl", "Ftrl")}
+_ENVIRONMENTS = {
+    "toybox": ("pact.envs.toybox", "Toybox"),
+    "ftrl": ("pact.envs.ftrl", "Ftrl"),
+    "toolhop": ("pact.envs.toolhop", "ToolHop"),
+    "bfcl": ("pact.envs.bfcl", "Bfcl"),
+}
 
 
 def make(name: str, **options: Any) -> Environment:

@@ -5,17 +5,16 @@ Reads the benchmark's items from Parquet or JSONL. It ships no data, and it neve
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pact.envs.base import Message, Score, Task, ToolSchema
+from pact.envs.items import default_workers, json_value, read_jsonl, read_rows, run_source
 from pact.messages import calls_of
 from pact.rewards import answer_f1, solve_metrics, strike
 from pact.sandbox import Sandbox, ToolResult
@@ -40,7 +39,8 @@ class Ftrl:
     """The environment over one file of FTRL items.
 
     A row has ``messages``, ``tools``, ``codes``, ``unsolved_set`` (the last three as JSON text) and ``answer``; it may
-    have ``split`` (without that column every row is "test") and ``ground_truth``. Task ids are ``ftrl/ROW``.
+    have ``split`` (without that column every row is "test"), ``data_source`` (its scenario, the tasks' group) and
+    ``ground_truth``. Task ids are ``ftrl/ROW``.
 
     Expert traces come from the ``ground_truth`` column of the training file (JSON text: a list of ``{"name",
     "parameters"}`` in order), or from a JSONL file ``traces`` with one object for each row of the data that has one:
@@ -49,7 +49,7 @@ class Ftrl:
     trace as ``expert_from_calls`` says; ``tasks`` executes them, once.
 
     Args:
-        path: the .parquet or .jsonl file.
+        path: the .parquet or .jsonl file, or a dataset (see ``pact.envs.items.read_rows``).
         traces: a JSONL file as above; "ground_truth": that column, which must be there; None: that column if it is.
         timeout: wall-clock limit of one tool call, seconds.
         workers: tool calls that may run at once, from threads; None: the number of cores, at most 8.
@@ -60,6 +60,10 @@ class Ftrl:
         RuntimeError: the sandbox cannot start.
     """
 
+    # Turns as PACT and MatchTIR evaluate (FTRL's own script: 20). The release bounds a turn, and a response by the
+    # context alone.
+    eval_limits: ClassVar[dict[str, int]] = {"max_turns": 10, "max_turn_tokens": 4096, "max_response_tokens": 1 << 20}
+
     def __init__(
         self,
         path: str | Path,
@@ -69,10 +73,9 @@ class Ftrl:
         workers: int | None = None,
         unsafe_no_isolation: bool = False,
     ) -> None:
-        if not path:
-            raise ValueError("ftrl needs the path of its data: a .parquet or .jsonl file of FTRL items")
-        self.path, self._timeout = Path(path), timeout
-        rows = _read_rows(self.path)
+        self._timeout = timeout
+        rows = read_rows(path, "ftrl", _REQUIRED, _JSON_TEXT)
+        self.path = Path(path)
         self._tasks = [_task(self._place(index), index, row) for index, row in enumerate(rows)]
         self._traces = (
             self._ground_truth(rows, traces) if traces in (None, "ground_truth") else self._trace_file(traces)
@@ -81,8 +84,8 @@ class Ftrl:
         for index, row in enumerate(rows):
             self._rows_of.setdefault(str(row.get("split", "test")), []).append(index)
         self._ready: dict[str, tuple[Task, ...]] = {}
-        self._workers = workers or min(os.cpu_count() or 1, 8)
-        self._sandbox = Sandbox(workers=self._workers, unsafe_no_isolation=unsafe_no_isolation)
+        self.workers = workers or default_workers()
+        self._sandbox = Sandbox(workers=self.workers, unsafe_no_isolation=unsafe_no_isolation)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ class Ftrl:
         if split not in self._rows_of:
             raise ValueError(f"ftrl: {self.path} has no split {split!r}; it has: {', '.join(self._rows_of)}")
         if split not in self._ready:
-            with ThreadPoolExecutor(self._workers) as pool:
+            with ThreadPoolExecutor(self.workers) as pool:
                 tasks, executed, differing = zip(*pool.map(self._with_expert, self._rows_of[split]))
             self._ready[split] = tasks
             places = [place for of_row in differing for place in of_row]
@@ -120,10 +123,7 @@ class Ftrl:
         return f"ftrl: {self.path}, row {index}"
 
     def _execute(self, item: FtrlItem, name: str, arguments: dict[str, Any]) -> ToolResult:
-        if name not in item.codes:
-            reason = f"there is no tool of this name; the tools are {', '.join(item.codes)}"
-            return ToolResult(False, f"an error occured when call {name}: {reason}", reason)
-        return self._sandbox.call(item.codes[name], name, arguments, self._timeout)
+        return run_source(self._sandbox, item.codes, name, arguments, self._timeout)
 
     def _with_expert(self, index: int) -> tuple[Task, int, list[str]]:
         """The task of a row with its trace, the number of calls executed for it, and those that gave another
@@ -150,14 +150,14 @@ class Ftrl:
                 f"ftrl: {self.path} has no ground_truth column: give traces=FILE.jsonl, or leave traces out"
             )
         return {
-            index: {"calls": _calls(self._place(index), _json(self._place(index), row, "ground_truth"))}
+            index: {"calls": _calls(self._place(index), json_value(self._place(index), row, "ground_truth"))}
             for index, row in enumerate(rows)
             if row.get("ground_truth") is not None
         }
 
     def _trace_file(self, path: str | Path) -> dict[int, dict[str, Any]]:
         traces: dict[int, dict[str, Any]] = {}
-        for line, trace in enumerate(_read_jsonl(Path(path)), start=1):
+        for line, trace in enumerate(read_jsonl(Path(path), "ftrl"), start=1):
             place, row = f"ftrl traces: {path}, line {line}", trace.get("row")
             if not isinstance(row, int) or not 0 <= row < len(self._tasks):
                 raise ValueError(f"{place}: row is {row!r}, but {self.path} has rows 0..{len(self._tasks) - 1}")
@@ -268,7 +268,7 @@ def _task(place: str, index: int, row: dict[str, Any]) -> Task:
     missing = [column for column in _REQUIRED if row.get(column) is None]
     if missing:
         raise ValueError(f"{place}: no {', '.join(missing)}; an FTRL row needs {', '.join(_REQUIRED)}")
-    tools, codes, unsolved = (_json(place, row, column) for column in ("tools", "codes", "unsolved_set"))
+    tools, codes, unsolved = (json_value(place, row, column) for column in ("tools", "codes", "unsolved_set"))
     if not all(isinstance(message, dict) for message in row["messages"]) or not isinstance(row["answer"], str):
         raise ValueError(f"{place}: messages must be objects with role and content, and answer must be text")
     messages = [{key: value for key, value in message.items() if value is not None} for message in row["messages"]]
@@ -280,7 +280,9 @@ def _task(place: str, index: int, row: dict[str, Any]) -> Task:
         raise ValueError(f"{place}: unsolved_set must be a JSON object of lists of expected answers")
     if _count(unsolved) == 0:
         raise ValueError(f"{place}: unsolved_set has no expected answer, so no attempt can be scored; drop the row")
-    return Task(f"ftrl/{index}", messages, tools, data=FtrlItem(codes, unsolved, row["answer"]))
+    item = FtrlItem(codes, unsolved, row["answer"])
+    group = str(row.get("data_source") or "ftrl")
+    return Task(f"ftrl/{index}", messages, tools, data=item, answer=item.answer, group=group)
 
 
 def _calls(place: str, value: Any) -> list[dict[str, Any]]:
@@ -289,7 +291,7 @@ def _calls(place: str, value: Any) -> list[dict[str, Any]]:
     for call in value if isinstance(value, list) else [value]:
         arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
         if isinstance(arguments, str):
-            arguments = _json(place, {"arguments": arguments}, "arguments")
+            arguments = json_value(place, {"arguments": arguments}, "arguments")
         if not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
             raise ValueError(
                 f'{place}: a trace is a list of {{"name": text, "arguments": object}}, got {str(call)[:80]}'
@@ -299,64 +301,3 @@ def _calls(place: str, value: Any) -> list[dict[str, Any]]:
             raise ValueError(f"{place}: observation and reasoning of a call must be text, got {str(kept)[:80]}")
         calls.append({"name": call["name"], "arguments": arguments, **kept})
     return calls
-
-
-def _json(place: str, row: dict[str, Any], column: str) -> Any:
-    value = row[column]
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: {column} is not valid JSON ({error})") from None
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"ftrl: there is no file {path}; give the .parquet or .jsonl file of FTRL items")
-    if path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    elif path.suffix == ".jsonl":
-        rows = _read_jsonl(path)
-    else:
-        raise ValueError(f"ftrl: {path} is neither .parquet nor .jsonl; convert it to one of them")
-    if not rows:
-        raise ValueError(f"ftrl: {path} holds no rows")
-    return rows
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow  # here, so that JSONL works without it
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"ftrl: {path} is not a readable Parquet file ({str(error).splitlines()[0]})") from None
-    missing = [column for column in _REQUIRED if column not in table.column_names]
-    if missing:
-        raise ValueError(f"ftrl: {path} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
-    for column in set(_JSON_TEXT) & set(table.column_names):
-        kind = table.schema.field(column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            # A Parquet struct gives every call the arguments of all others, as nulls.
-            raise ValueError(f"ftrl: {path}, column {column} has type {kind}; store it as JSON text")
-    return table.to_pylist()
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"ftrl: there is no file {path}")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"ftrl: {path}, line {number} is not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"ftrl: {path}, line {number} is not a JSON object")
-            rows.append(row)
-    return rows

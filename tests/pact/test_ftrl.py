@@ -253,7 +253,7 @@ def test_a_bad_file_is_one_line(tmp_path):
     pyarrow.parquet.write_table(struct, tmp_path / "struct.parquet")
     for name, message in {
         "missing.parquet": "there is no file",
-        "text.csv": "neither .parquet nor .jsonl",
+        "text.csv": "none of .parquet, .jsonl, .json",
         "empty.jsonl": "holds no rows",
         "broken.jsonl": "line 2 is not valid JSON",
         "list.jsonl": "line 1 is not a JSON object",
@@ -264,7 +264,7 @@ def test_a_bad_file_is_one_line(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             Ftrl(tmp_path / name)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="needs the path"):
+    with pytest.raises(ValueError, match="needs its data"):
         Ftrl(None)
     with pytest.raises(ValueError, match="no ground_truth column"):
         Ftrl(good, traces="ground_truth")

@@ -1,0 +1,135 @@
+"""A Generator that says given assistant messages, token by token: rollouts and their scores without a model.
+
+It samples nothing and computes no probabilities.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pact.envs.base import Message, Task
+from pact.messages import calls_of
+from pact.rollout import Completion, Sampling
+from pact.trace import end_of_turn_id, render_prompt, render_trace
+
+
+class ReplayEngine:
+    """Generator of scripts that ``learn`` has been told. Every row of a prompt says the same, whatever the sampling.
+
+    Turn i of a row is the i-th assistant message of its prompt's script; after the last one every turn is empty, which
+    ends an episode. The log-prob of every token is 0. ``context_length``: as a model's, to see what would not fit.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_batch: int = 256, context_length: int | None = None
+    ) -> None:
+        self.max_batch, self.context_length = max_batch, context_length
+        self._tokenizer = tokenizer
+        self._stop_id = end_of_turn_id(tokenizer)
+        self._scripts: dict[tuple[int, ...], list[list[int]]] = {}
+
+    def learn(self, task: Task, messages: Sequence[Message]) -> None:
+        """What to say when asked for ``task``: the assistant messages among ``messages``; the others are passed over.
+
+        Raises ValueError for a message that cannot be rendered, and when the same prompt has another script.
+        """
+        head_ids, suffix_ids = render_prompt(task.messages, task.tools, self._tokenizer)
+        turns = [self._turn(message) for message in messages if message.get("role") == "assistant"]
+        known = self._scripts.setdefault((*head_ids, *suffix_ids), turns)
+        if known != turns:
+            raise ValueError(
+                f"task {task.id!r} has the prompt of another task and another script: the replaying agent sees prompts "
+                "only, so replay such tasks one at a time"
+            )
+
+    def open(
+        self, prompts: Sequence[list[int]], *, stop_id: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> ReplaySession:
+        """Raises ValueError for a prompt it has no script for, or a stop id that is not its tokenizer's."""
+        if stop_id != self._stop_id:
+            raise ValueError(
+                f"stop_id is {stop_id} and this tokenizer's turns end with {self._stop_id}: use one tokenizer"
+            )
+        unknown = sum(tuple(prompt) not in self._scripts for prompt in prompts)
+        if unknown:
+            raise ValueError(f"{unknown} of {len(prompts)} prompts have no script: tell the replay engine with learn()")
+        return ReplaySession([self._scripts[tuple(prompt)] for prompt in prompts], stop_id)
+
+    def _turn(self, message: Message) -> list[int]:
+        """Ids of one assistant message up to and with its end of turn, as the training template renders it."""
+        calls = calls_of(message)
+        if not calls and not (message.get("content") or message.get("reasoning_content") or "").strip():
+            return [self._stop_id]
+        results = [{"role": "tool", "name": call["name"], "content": "-"} for call in calls]
+        ids = render_trace([dict(message), *results], None, self._tokenizer).ids
+        return ids[: ids.index(self._stop_id) + 1]
+
+
+class ReplaySession:
+    """Rows under way: what each still has to say. Every ``generate`` ends all rows it names."""
+
+    def __init__(self, scripts: Sequence[list[list[int]]], stop_id: int) -> None:
+        self._scripts, self._stop_id = scripts, stop_id
+        self._next = [0] * len(scripts)
+
+    def generate(self, append: Mapping[int, list[int]], max_new_tokens: Mapping[int, int]) -> dict[int, Completion]:
+        """See ``pact.rollout.Session``. A turn longer than its limit is cut there and not finished."""
+        completions = {}
+        for row, limit in max_new_tokens.items():
+            turns, place = self._scripts[row], self._next[row]
+            whole = turns[place] if place < len(turns) else [self._stop_id]
+            self._next[row] += 1
+            ids = whole[:limit]
+            completions[row] = Completion(ids, [0.0] * len(ids), len(ids) == len(whole))
+        return completions
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def read_scripts(path: Path) -> dict[str, list[Message]]:
+    """Task id -> messages, from JSONL: one object a task with ``id`` and either ``messages`` or ``calls``.
+
+    ``calls`` (``{"name", "arguments"}``) become one turn each, then ``answer`` where the row has one. The episodes of
+    an evaluation are such a file. Raises ValueError that names the line.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path} to replay: give JSONL with id and messages or calls")
+    scripts: dict[str, list[Message]] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place} is not valid JSON ({error})") from None
+            if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+                raise ValueError(f"{place}: no id; a row is an object with id and messages or calls")
+            if row["id"] in scripts:
+                raise ValueError(f"{place}: a second script for {row['id']}; keep one a task")
+            scripts[row["id"]] = _script(place, row)
+    if not scripts:
+        raise ValueError(f"{path} holds no scripts")
+    return scripts
+
+
+def _script(place: str, row: dict[str, Any]) -> list[Message]:
+    messages, calls = row.get("messages"), row.get("calls")
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        return messages
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"{place}: neither messages nor calls, each a list of objects; a script needs one of them")
+    script: list[Message] = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls]
+    try:
+        for turn in script:
+            calls_of(turn)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if isinstance(row.get("answer"), str):
+        script.append({"role": "assistant", "content": row["answer"]})
+    return script
