@@ -7,15 +7,18 @@ the ids the policy saw and produced, and the log-probs recorded while sampling b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pact.call_text import CallForm
 from pact.envs.base import Environment, Episode, Message, Score, Task
-from pact.tools import calls_of, parse_turn
+from pact.tools import ParsedTurn, calls_of, parse_turn
 from pact.trace import Component, end_of_turn_id, label_turn, render_observation, render_prompt
 
 
@@ -41,19 +44,36 @@ class RolloutLimits:
     """Limits of one episode, in assistant turns and tokens.
 
     ``max_response_tokens`` counts everything after the prompt, observations included. ``context_length`` counts the
-    prompt too; None takes the generator's own.
+    prompt too; None takes the generator's own. ``max_user_turn_steps``: assistant turns that may follow one user
+    message without answering it; the calls of the last one are still executed, then the episode ends.
     """
 
     max_turns: int = 10
     max_turn_tokens: int = 256
     max_response_tokens: int = 4096
     context_length: int | None = None
+    max_user_turn_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_turns", "max_turn_tokens", "max_response_tokens", "context_length"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class CallRules:
+    """How calls are read. ``form``: how the policy spells them (see ``pact.call_text.call_spans``). ``malformed``: what
+    becomes of a call that cannot be read: "observe" answers it with an error, "skip" drops it, as the released
+    evaluations do; a turn that makes no other call is then an answer."""
+
+    form: CallForm = "hermes"
+    malformed: Literal["observe", "skip"] = "observe"
+
+    def __post_init__(self) -> None:
+        if self.form not in get_args(CallForm):
+            raise ValueError(f"unknown form of calls {self.form!r}: use one of {', '.join(get_args(CallForm))}")
+        if self.malformed not in ("observe", "skip"):
+            raise ValueError(f"malformed calls: {self.malformed!r} is no way to treat them; use observe or skip")
 
 
 @dataclass(frozen=True)
@@ -101,7 +121,9 @@ class Trajectory:
 
     ``ids``, ``sampled`` (True on tokens the policy produced), ``logp`` (behaviour log-prob, 0.0 where not sampled) and
     ``component`` run over the tokens after the prompt. ``turns`` are the (start, end) of each assistant turn in them.
-    ``messages`` follow the prompt. ``stop_reason``: "answer", "turn_limit", "token_limit" or "context_limit".
+    ``messages`` follow the prompt. ``stop_reason``: "answer", "turn_limit", "token_limit" or "context_limit". Only
+    after "answer" do they end with an assistant message that is whole: a turn that was cut carries ``"cut": True``,
+    and an episode that ends before a turn ends with the tool or user messages it did not get to, or with none.
     """
 
     task: Task
@@ -131,6 +153,7 @@ class _Running:
     turns: list[tuple[int, int]] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     append: list[int] = field(default_factory=list)
+    steps: int = 0  # assistant turns since the last user message
     stop_reason: str | None = None
 
     def room(self, limits: RolloutLimits) -> tuple[int, str]:
@@ -141,12 +164,13 @@ class _Running:
         context = limits.context_length - len(self.prompt_ids) - len(self.ids)
         return (context, "context_limit") if context < response else (response, "token_limit")
 
-    def record_turn(self, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> None:
+    def record_turn(self, completion: Completion, component: list[int]) -> None:
+        self.steps += 1
         start = len(self.ids)
         self.ids += completion.ids
         self.sampled += [True] * len(completion.ids)
         self.logp += completion.logp
-        self.component += label_turn(completion.ids, tokenizer)
+        self.component += component
         self.turns.append((start, len(self.ids)))
 
     def record_observation(self, ids: list[int]) -> None:
@@ -166,6 +190,7 @@ def run_rollouts(
     n: int,
     sampling: Sampling | None = None,
     limits: RolloutLimits | None = None,
+    rules: CallRules | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     fail_long_prompts: bool = False,
@@ -176,12 +201,14 @@ def run_rollouts(
     depends on (``seed``, index of the task in ``tasks``, index of the rollout) only. ``batch_size`` episodes run
     together (None: what the generator holds). A prompt that leaves no room in the context is a ValueError before
     anything is generated, or with ``fail_long_prompts`` an episode with no turn and stop_reason "context_limit".
+    ``rules`` say how calls are read. Where the environment has ``workers`` above 1, the calls of that many episodes run
+    at once in threads, and so do their scores; the calls of one episode keep their order, and no result depends on it.
 
     Raises ValueError for ``n`` < 1 or a prompt that is too long, RuntimeError when the environment's own code raises.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1 rollout a task, got {n}")
-    sampling, limits = sampling or Sampling(), limits or RolloutLimits()
+    sampling, limits, rules = sampling or Sampling(), limits or RolloutLimits(), rules or CallRules()
     lengths = [length for length in (limits.context_length, generator.context_length) if length is not None]
     limits = replace(limits, context_length=min(lengths, default=None))
     tasks = [task.without_expert() for task in tasks]
@@ -189,12 +216,28 @@ def run_rollouts(
     places = [(index, rollout) for index in range(len(tasks)) for rollout in range(n)]
     size = min(batch_size or generator.max_batch, generator.max_batch)
     trajectories: list[Trajectory] = []
-    for start in range(0, len(places), size):
-        chosen = places[start : start + size]
-        seeds = [_episode_seed(seed, index, rollout) for index, rollout in chosen]
-        batch = [(tasks[index], prompts[index], seed) for (index, _), seed in zip(chosen, seeds)]
-        trajectories += _run_batch(env, batch, generator, tokenizer, sampling, limits)
+    with _workers(env) as in_parallel:
+        for start in range(0, len(places), size):
+            chosen = places[start : start + size]
+            seeds = [_episode_seed(seed, index, rollout) for index, rollout in chosen]
+            batch = [(tasks[index], prompts[index], seed) for (index, _), seed in zip(chosen, seeds)]
+            loop = _Loop(env, generator, tokenizer, sampling, limits, rules, in_parallel)
+            trajectories += loop.run(batch)
     return [trajectories[index * n : (index + 1) * n] for index in range(len(tasks))]
+
+
+_Map = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
+
+
+@contextmanager
+def _workers(env: Environment) -> Iterator[_Map]:
+    """A ``map``, in as many threads as the environment has workers; results and the first exception in order."""
+    workers = getattr(env, "workers", 1)
+    if workers == 1:
+        yield map
+    else:
+        with ThreadPoolExecutor(workers, thread_name_prefix="pact-env") as pool:
+            yield pool.map
 
 
 def _prompts(
@@ -217,115 +260,125 @@ def _episode_seed(seed: int, task_index: int, rollout_index: int) -> int:
     return int(np.random.SeedSequence((seed, task_index, rollout_index)).generate_state(1, np.uint64)[0])
 
 
-def _run_batch(
-    env: Environment,
-    batch: list[tuple[Task, list[int], int]],
-    generator: Generator,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    limits: RolloutLimits,
-) -> list[Trajectory]:
-    running: list[_Running] = []
-    try:
-        for task, prompt_ids, seed in batch:
-            running.append(_Running(task, prompt_ids, seed, env.start(task)))
-        _play(env, running, generator, tokenizer, sampling, limits)
-        return [_finish(item) for item in running]
-    finally:
+@dataclass
+class _Loop:
+    """The loop over one batch of episodes, and what all of them share."""
+
+    env: Environment
+    generator: Generator
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    limits: RolloutLimits
+    rules: CallRules
+    in_parallel: _Map
+    rendered: dict[str, list[int]] = field(default_factory=dict)  # rollouts of a task often get the same observation
+
+    def run(self, batch: list[tuple[Task, list[int], int]]) -> list[Trajectory]:
+        running: list[_Running] = []
+        try:
+            for task, prompt_ids, seed in batch:
+                running.append(_Running(task, prompt_ids, seed, self.env.start(task)))
+            self.play(running)
+            return list(self.in_parallel(_finish, running))
+        finally:
+            for item in running:
+                item.episode.close()
+
+    def play(self, running: list[_Running]) -> None:
+        """All episodes together, each turn by turn, until every one has its stop_reason."""
         for item in running:
-            item.episode.close()
-
-
-def _play(
-    env: Environment,
-    running: list[_Running],
-    generator: Generator,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    limits: RolloutLimits,
-) -> None:
-    """All episodes together, each turn by turn, until every one has its stop_reason."""
-    for item in running:
-        room, reason = item.room(limits)
-        item.stop_reason = reason if room < 1 else None
-    rows = [item for item in running if item.stop_reason is None]
-    if not rows:
-        return
-    session = generator.open(
-        [item.prompt_ids for item in rows],
-        stop_id=end_of_turn_id(tokenizer),
-        sampling=sampling,
-        seeds=[item.seed for item in rows],
-    )
-    try:
-        ready = dict(enumerate(rows))
-        going = 0
-        rendered: dict[str, list[int]] = {}  # the rollouts of a task often get the same observation
-        while ready or going:
-            completions = session.generate(
-                {row: item.append for row, item in ready.items()},
-                {row: min(limits.max_turn_tokens, item.room(limits)[0]) for row, item in ready.items()},
-            )
-            going += len(ready) - len(completions)
-            for row, completion in completions.items():
-                _advance(env, rows[row], completion, tokenizer, limits, rendered)
-            ready = {row: rows[row] for row in completions if rows[row].stop_reason is None}
-    finally:
-        session.close()
-
-
-def _advance(
-    env: Environment,
-    item: _Running,
-    completion: Completion,
-    tokenizer: PreTrainedTokenizerBase,
-    limits: RolloutLimits,
-    rendered: dict[str, list[int]],
-) -> None:
-    """Record one sampled turn, act on it, and either set the stop_reason or queue the observation ids."""
-    room, binding = item.room(limits)
-    item.record_turn(completion, tokenizer)
-    text_ids = completion.ids[:-1] if completion.finished else completion.ids
-    turn = parse_turn(str(tokenizer.decode(text_ids, skip_special_tokens=False)))
-    item.messages.append(turn.message)
-    if not completion.finished:
-        # Nothing of a turn that was cut is executed, so its message must not claim calls.
-        item.messages[-1] = {key: value for key, value in turn.message.items() if key != "tool_calls"}
-        item.stop_reason = binding if room <= limits.max_turn_tokens else "token_limit"
-        return
-    calls = calls_of(turn.message)
-    if calls or turn.errors:
-        reply = [_call(env, item, call["name"], call["arguments"]) for call in calls]
-        reply += [{"role": "tool", "name": "error", "content": f"error: {error}"} for error in turn.errors]
-    else:
-        user_messages = item.episode.user_turn()
-        if user_messages is None:
-            item.stop_reason = "answer"
+            room, reason = item.room(self.limits)
+            item.stop_reason = reason if room < 1 else None
+        rows = [item for item in running if item.stop_reason is None]
+        if not rows:
             return
-        reply = list(user_messages)
-    item.messages += reply
-    if len(item.turns) >= limits.max_turns:
-        item.stop_reason = "turn_limit"
-        return
-    key = json.dumps(reply)
-    if key not in rendered:
-        rendered[key] = render_observation(reply, tokenizer)
-    ids = rendered[key]
-    room, binding = item.room(limits)
-    if len(ids) >= room:
-        item.stop_reason = binding
-        return
-    item.record_observation(ids)
+        session = self.generator.open(
+            [item.prompt_ids for item in rows],
+            stop_id=end_of_turn_id(self.tokenizer),
+            sampling=self.sampling,
+            seeds=[item.seed for item in rows],
+        )
+        try:
+            ready = dict(enumerate(rows))
+            going = 0
+            while ready or going:
+                completions = session.generate(
+                    {row: item.append for row, item in ready.items()},
+                    {row: min(self.limits.max_turn_tokens, item.room(self.limits)[0]) for row, item in ready.items()},
+                )
+                going += len(ready) - len(completions)
+                self.advance([(rows[row], completion) for row, completion in completions.items()])
+                ready = {row: rows[row] for row in completions if rows[row].stop_reason is None}
+        finally:
+            session.close()
+
+    def advance(self, ended: list[tuple[_Running, Completion]]) -> None:
+        """Record the sampled turns and act on them; then each has its stop_reason or queued observation ids."""
+        turns = [(item, turn) for item, completion in ended if (turn := self.record(item, completion))]
+        acting = [(item, turn) for item, turn in turns if turn.message["tool_calls"]]
+        observed = dict(zip((id(item) for item, _ in acting), self.in_parallel(self.call, acting)))
+        for item, turn in turns:
+            reply = observed.get(id(item), [])
+            if self.rules.malformed == "observe":
+                reply += [{"role": "tool", "name": "error", "content": f"error: {error}"} for error in turn.errors]
+            self.answer(item, reply)
+
+    def record(self, item: _Running, completion: Completion) -> ParsedTurn | None:
+        """Record one sampled turn. Returns None for one that was cut, which ends its episode."""
+        room, binding = item.room(self.limits)
+        item.record_turn(completion, label_turn(completion.ids, self.tokenizer, self.rules.form))
+        text_ids = completion.ids[:-1] if completion.finished else completion.ids
+        turn = parse_turn(str(self.tokenizer.decode(text_ids, skip_special_tokens=False)), self.rules.form)
+        item.messages.append(turn.message)
+        if completion.finished:
+            return turn
+        # Nothing of a turn that was cut is executed, so its message must not claim calls.
+        item.messages[-1] = {key: value for key, value in turn.message.items() if key != "tool_calls"} | {"cut": True}
+        item.stop_reason = binding if room <= self.limits.max_turn_tokens else "token_limit"
+        return None
+
+    def call(self, acting: tuple[_Running, ParsedTurn]) -> list[Message]:
+        """Make the calls of one turn, in order, and return their tool messages."""
+        item, turn = acting
+        return [_call(self.env, item, call["name"], call["arguments"]) for call in calls_of(turn.message)]
+
+    def answer(self, item: _Running, reply: list[Message]) -> None:
+        """Queue what follows a whole turn: the ``reply`` to its calls, else the next user messages."""
+        if not reply:
+            user_messages = item.episode.user_turn()
+            if user_messages is None:
+                item.stop_reason = "answer"
+                return
+            reply, item.steps = list(user_messages), 0
+        item.messages += reply
+        if len(item.turns) >= self.limits.max_turns or item.steps == self.limits.max_user_turn_steps:
+            item.stop_reason = "turn_limit"
+            return
+        key = json.dumps(reply)
+        if key not in self.rendered:
+            self.rendered[key] = render_observation(reply, self.tokenizer)
+        ids = self.rendered[key]
+        room, binding = item.room(self.limits)
+        if len(ids) >= room:
+            item.stop_reason = binding
+            return
+        item.record_observation(ids)
 
 
-def _call(env: Environment, item: _Running, name: str, arguments: dict) -> Message:
+def _call(env: Environment, item: _Running, name: str, arguments: dict[str, Any]) -> Message:
+    tool = f"tool {name[:80]!r} of task {item.task.id!r}"
     try:
         observation = item.episode.call(name, arguments)
     except Exception as error:
         raise RuntimeError(
-            f"{type(env).__name__} raised {type(error).__name__} in tool {name!r} of task {item.task.id!r}: {error}. "
+            f"{type(env).__name__} raised {type(error).__name__} in {tool}: {error}. "
             "An environment answers a failing call with an error text; fix its Episode.call"
         ) from error
+    if not isinstance(observation, str):
+        raise RuntimeError(
+            f"{type(env).__name__} answered {type(observation).__name__} in {tool}. An observation is text; "
+            "fix its Episode.call"
+        )
     return {"role": "tool", "name": name, "content": observation}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
+from pact.call_text import CALL, CALL_END, THINK, THINK_END, CallForm, call_spans
 from pact.messages import Message, check_messages, check_trace
 
 if TYPE_CHECKING:
@@ -295,47 +297,66 @@ _CUT_RE = re.compile(
 )
 
 
-def label_turn(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def label_turn(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, form: CallForm = "hermes") -> list[int]:
     """Component of each sampled token of one assistant turn, by the rule of render_trace. Takes any ids.
 
-    Reasoning runs to the first ``</think>``; blanks before a call belong to the call, a closing control token to what
-    it ends; the rest is ANSWER. Where the tokenizer has a tag as an added token, its mere spelling does not count.
+    Reasoning runs to the first ``</think>`` and through the blocks right after it; blanks before a call belong to the
+    call, a closing control token to what it ends; the rest is ANSWER. Where the tokenizer has a tag as an added token,
+    its mere spelling does not count. ``form``: how calls are spelled (``pact.call_text.call_spans``).
     """
     pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(ids))]
     end_N = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
     start_N = end_N - np.array([len(piece) for piece in pieces], np.int64)
     added = tokenizer.added_tokens_encoder
-    text = "".join(pieces)
+    text = "".join(pieces).translate(_BYTE_BLANKS)
 
     def places(tag: str) -> list[int]:
         if tag in added:
             return [int(start) for start, token in zip(start_N, ids) if token == added[tag]]
         return [match.start() for match in re.finditer(re.escape(tag), text)]
 
-    tags = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-    ends_with_control = bool(ids) and ids[-1] in added.values() and pieces[-1] not in tags
+    ends_with_control = bool(ids) and ids[-1] in added.values() and pieces[-1] not in (THINK, THINK_END, CALL, CALL_END)
     body = len(text) - len(pieces[-1]) if ends_with_control else len(text)
     component = np.full(len(text) + 1, Component.ANSWER)
-    if closes := places("</think>"):
-        cursor = closes[0] + len("</think>")
-    else:
-        cursor = body if places("<think>") else 0
+    cursor = _reasoning_end(text[:body], places(THINK), places(THINK_END))
     component[:cursor] = Component.REASONING
-    closes = places("</tool_call>")
-    for opened in places("<tool_call>"):
+    if form == "json":
+        calls = [(span.start, span.end) for span in call_spans(text[:body], "json", cursor)]
+    else:
+        calls = _blocks(places(CALL), places(CALL_END), len(CALL_END), body)
+    for opened, closed in calls:
         if opened >= cursor:
-            closed = next((place + len("</tool_call>") for place in closes if place > opened), body)
-            prose = len(text[cursor:opened].rstrip(_BYTE_BLANKS))
+            prose = len(text[cursor:opened].rstrip())
             component[cursor + prose : closed] = Component.TOOL_CALL
             cursor = closed
-    if cursor and not text[cursor:body].strip(_BYTE_BLANKS):
+    if cursor and not text[cursor:body].strip():
         component[cursor:body] = component[cursor - 1]
     if body:
         component[body:] = component[body - 1]
     return component[start_N].tolist()
 
 
-_BYTE_BLANKS = " \t\r\nĠĉčĊ"  # blanks, plain and in the byte alphabet of byte-level vocabularies
+def _reasoning_end(text: str, opens: list[int], closes: list[int]) -> int:
+    """Where the reasoning of a turn ends, given the places of its tags."""
+    if not closes:
+        return len(text) if opens else 0
+    end = closes[0] + len(THINK_END)
+    for opened in opens:
+        if opened >= end:
+            if text[end:opened].strip():
+                break
+            place = bisect_left(closes, opened)
+            end = closes[place] + len(THINK_END) if place < len(closes) else len(text)
+    return end
+
+
+def _blocks(opens: list[int], closes: list[int], width: int, end: int) -> list[tuple[int, int]]:
+    """From each opening tag to the end of the next closing one, or to ``end``."""
+    ends = [*(place + width for place in closes), end]
+    return [(opened, ends[bisect_left(closes, opened)]) for opened in opens]
+
+
+_BYTE_BLANKS = str.maketrans("ĠĉčĊ", " \t\r\n")  # from the byte alphabet of byte-level vocabularies
 
 
 def _render(

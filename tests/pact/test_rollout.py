@@ -2,6 +2,8 @@
 
 import json
 import logging
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import pact.envs
 from pact.engines.transformers import TransformersEngine
 from pact.envs import Score, Task
-from pact.rollout import Completion, RolloutLimits, Sampling, run_rollouts
+from pact.rollout import CallRules, Completion, RolloutLimits, Sampling, run_rollouts
 from pact.trace import Component, end_of_turn_id, render_observation, render_prompt, render_trace
 
 ADD = {
@@ -73,7 +75,7 @@ class Scripted:
 
     def __init__(self, tokenizer, turns, max_batch=64, context_length=None):
         self.tokenizer, self.turns, self.max_batch, self.context_length = tokenizer, turns, max_batch, context_length
-        self.sessions = []
+        self.sessions, self.together = [], False
 
     def open(self, prompts, *, stop_id, sampling, seeds):
         self.sessions.append(ScriptedSession(self, prompts, stop_id, seeds))
@@ -97,7 +99,11 @@ class ScriptedSession:
         ids = ids[: self.going.pop(row)]
         self.turn[row] += 1
         self.contexts[row] += ids
-        return {row: Completion(ids, [-0.5] * len(ids), ids[-1] == self.stop_id)}
+        return {row: Completion(ids, [-0.5] * len(ids), ids[-1] == self.stop_id)} | self.others()
+
+    def others(self):
+        """The rows that end with this one: with ``together`` all of them."""
+        return self.generate({}, {}) if self.generator.together and self.going else {}
 
     def close(self):
         self.closed = True
@@ -108,9 +114,10 @@ def tokenizer():
     return pact.envs.make("toybox", train=1, test=1).tokenizer()
 
 
-def roll(tokenizer, turns, env=None, n=1, tasks=1, max_batch=64, context_length=None, **options):
+def roll(tokenizer, turns, env=None, n=1, tasks=1, max_batch=64, context_length=None, together=False, **options):
     env = env or Arithmetic()
     generator = Scripted(tokenizer, turns, max_batch, context_length)
+    generator.together = together
     trajectories = run_rollouts(env, env.tasks("test")[:tasks], generator, tokenizer, n=n, **options)
     assert env.opened == env.closed
     assert all(session.closed for session in generator.sessions)
@@ -185,6 +192,93 @@ def test_turn_limit_still_runs_the_last_calls(tokenizer):
     assert trajectory.stop_reason == "answer"
 
 
+def test_steps_within_a_user_turn_are_limited(tokenizer):
+    """The calls of the step that reaches the limit are executed; an answer before it opens a new count."""
+    limits = RolloutLimits(max_user_turn_steps=2)
+    [[trajectory]], _ = roll(tokenizer, [call(0, 1), "1", call(0, 1), call(0, 2), "2"], Arithmetic(1), limits=limits)
+    assert trajectory.stop_reason == "turn_limit"
+    assert [m["role"] for m in trajectory.messages] == [
+        *("assistant", "tool", "assistant"),
+        *("user", "assistant", "tool", "assistant", "tool"),
+    ]
+    assert trajectory.messages[-1]["content"] == "2"
+    check_record(trajectory, tokenizer)
+    [[trajectory]], _ = roll(tokenizer, [call(0, 1), "2", call(0, 1), "2"], Arithmetic(1), limits=limits)
+    assert trajectory.stop_reason == "answer"
+
+
+def test_malformed_calls_may_be_skipped_as_the_released_evaluations_do(tokenizer):
+    bad = "<tool_call>oops</tool_call>"
+    skip = CallRules(malformed="skip")
+    [[trajectory]], _ = roll(tokenizer, [call(0, 1) + bad, f"2{bad}", "never"], rules=skip)
+    assert [(m["role"], m["content"]) for m in trajectory.messages] == [
+        ("assistant", ""),
+        ("tool", "1"),
+        ("assistant", "2"),
+    ]
+    assert trajectory.stop_reason == "answer"
+    check_record(trajectory, tokenizer)
+
+
+def test_calls_as_json_in_the_text(tokenizer):
+    text = '<think>Add.</think>I call {"name": "add", "arguments": {"a": 0, "b": 2}} now'
+    [[trajectory]], _ = roll(tokenizer, [text, "2"], rules=CallRules(form="json"))
+    assert [m["content"] for m in trajectory.messages] == ["I call  now", "2", "2"]
+    check_record(trajectory, tokenizer)
+    labelled = [token for token, kind in zip(trajectory.ids, trajectory.component) if kind == Component.TOOL_CALL]
+    assert tokenizer.decode(labelled).strip() == '{"name": "add", "arguments": {"a": 0, "b": 2}}'
+    [[trajectory]], _ = roll(tokenizer, [text, "2"])
+    assert trajectory.stop_reason == "answer"
+
+
+class Meeting(Arithmetic):
+    """Its calls wait until those of all four tasks have come, the last task's first: only threads get through."""
+
+    workers = 4
+
+    def __init__(self, broken=()):
+        super().__init__()
+        self.broken, self.barrier = broken, threading.Barrier(4, timeout=20)
+
+    def start(self, task):
+        self.opened += 1
+        return MeetingEpisode(self, task)
+
+
+class MeetingEpisode(ArithmeticEpisode):
+    def call(self, name, arguments):
+        self.env.barrier.wait()
+        time.sleep(0.02 * (4 - self.task.data))
+        if self.task.data in self.env.broken:
+            raise KeyError(self.task.id)
+        return str(arguments["a"] + self.task.data)
+
+
+def test_calls_of_different_episodes_run_at_once_and_keep_their_order(tokenizer):
+    env = Meeting()
+    turns = [call(0, 1) + call(5, 1), "2"]
+    groups, _ = roll(tokenizer, turns, env, tasks=4, together=True)
+    for number, [trajectory] in enumerate(groups):
+        assert [m["content"] for m in trajectory.messages[1:3]] == [str(number), str(5 + number)]
+        check_record(trajectory, tokenizer)
+    env = Meeting(broken=(1, 2))
+    with pytest.raises(RuntimeError, match="Meeting raised KeyError in tool 'add' of task 'test-2'"):
+        roll(tokenizer, [call(0, 1)], env, tasks=4, together=True)  # rows end last first
+    assert env.opened == env.closed == 4
+
+
+def test_an_observation_that_is_no_text_is_named(tokenizer):
+    env = Arithmetic()
+    env.start = lambda task: NoText(env, task)
+    with pytest.raises(RuntimeError, match=r"Arithmetic answered NoneType in tool 'add' of task 'test-0'. .* is text"):
+        run_rollouts(env, env.tasks("test")[:1], Scripted(tokenizer, [call(0, 1)]), tokenizer, n=1)
+
+
+class NoText(ArithmeticEpisode):
+    def call(self, name, arguments):
+        return None
+
+
 @pytest.mark.parametrize("limit", ["max_turn_tokens", "max_response_tokens", "context_length"])
 def test_a_turn_cut_by_a_limit_ends_the_episode(tokenizer, limit):
     text = f"<think>Long.</think>\n\n{call(0, 1)}\n and so on and on and on"
@@ -198,6 +292,8 @@ def test_a_turn_cut_by_a_limit_ends_the_episode(tokenizer, limit):
     # The call was never made, so the message does not claim it.
     assert [m["role"] for m in trajectory.messages] == ["assistant"]
     assert not trajectory.messages[0].get("tool_calls")
+    assert trajectory.messages[0]["cut"] is True
+    assert not any("cut" in message for message in whole.messages)
 
 
 @pytest.mark.parametrize("limit", ["max_response_tokens", "context_length"])
@@ -255,7 +351,10 @@ def test_bad_settings():
     for options in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             Sampling(**options)
-    for name in ("max_turns", "max_turn_tokens", "max_response_tokens", "context_length"):
+    for options in ({"form": "xml"}, {"malformed": "raise"}):
+        with pytest.raises(ValueError, match=next(iter(options.values()))):
+            CallRules(**options)
+    for name in ("max_turns", "max_turn_tokens", "max_response_tokens", "context_length", "max_user_turn_steps"):
         with pytest.raises(ValueError, match=name):
             RolloutLimits(**{name: 0})
 

@@ -63,13 +63,13 @@ def test_a_call_that_is_only_thought_of_is_not_made():
         ('<tool_call>{"name": "add", "arguments": "[1"}</tool_call>', "not valid JSON"),
         ('<tool_call>{"name": "add", "arguments": "[1]"}</tool_call>', '"arguments" is not a JSON object'),
         ('<tool_call>{"arguments": {}}</tool_call>', '"name" is missing'),
-        ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', '"name" is missing'),
+        ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', '"name" is not a string'),
         ("<tool_call>[1, 2]</tool_call>", "not a JSON object"),
         ("<tool_call></tool_call>", "not valid JSON"),
         ("<think>on and on", "</think> is missing"),
         (f"<think>on and on {GOOD}", "</think> is missing"),
         ('<tool_call>{"name": "add", "arguments": {"a": ' + "9" * 5000 + "}}</tool_call>", "not valid JSON"),
-        ("<tool_call>" + "[" * 200_000 + "</tool_call>", "nested too deeply"),
+        ("<tool_call>" + "[" * 200_000 + "</tool_call>", "nested deeper than 64"),
     ],
 )
 def test_malformed_turns_are_errors(text, words):
