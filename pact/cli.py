@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from pact import __version__
 
@@ -11,6 +12,9 @@ USAGE = """usage: pact COMMAND ...
 
   train    warm start, rollouts, PACT updates, evaluation (pact train --help lists all settings):
            pact train [CONFIG.yaml] [--resume [RUN]] [--SETTING VALUE ...]
+  eval     a benchmark played and scored, with tables (pact eval --help lists all settings):
+           pact eval [CONFIG.yaml] --env NAME --model FOLDER --output FOLDER [--SETTING VALUE ...]
+           pact eval --compare FOLDER FOLDER
 
   --version, --help"""
 
@@ -19,20 +23,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``pact`` and return its exit code: 0 done, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
-    if command == "train":
+    if command in ("train", "eval"):
         try:
-            from pact import train
+            module = import_module(f"pact.{command}")
         except ModuleNotFoundError as error:
             print(f"pact: error: {error}: pip install 'pact-kernels[train]'", file=sys.stderr)
             return 2
-        return train.main(arguments)
+        return module.main(arguments)
     if command == "--version":
         print(f"pact {__version__}")
         return 0
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
-    print(f"pact: error: unknown command {command!r}: choose train", file=sys.stderr)
+    print(f"pact: error: unknown command {command!r}: choose train or eval", file=sys.stderr)
     return 2
 
 

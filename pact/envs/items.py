@@ -133,7 +133,8 @@ def _read_dataset(source: str, env: str, required: Collection[str], json_columns
     try:
         splits = datasets.load_dataset(source)
     except Exception as error:  # whatever datasets, pyarrow and the network raise: the mend is the same
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = error.__cause__ or error  # datasets wraps what went wrong in a sentence that does not say it
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise ValueError(
             f"{env}: cannot load the dataset {source} ({reason}); check name and network, or download its file "
             "and give that"

@@ -1,15 +1,19 @@
 """FTRL: items made up here for every rule, and the real extract, where it is present, for the whole path."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from pact.engines.replay import ReplayEngine
 from pact.envs import make
 from pact.envs.base import Environment, Episode
 from pact.envs.ftrl import Ftrl, expert_from_calls
+from pact.envs.toybox_text import build_tokenizer
+from pact.rollout import RolloutLimits, run_rollouts
 from pact.sandbox import ToolResult
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -80,6 +84,7 @@ def test_it_is_an_environment(env):
     task = env.tasks("train")[0]
     assert task.id == "ftrl/0"
     assert (task.tools, task.messages) == (TOOLS, item()["messages"])
+    assert (task.answer, task.group, env.workers) == ("1,572", "ftrl", 1)
     episode = env.start(task)
     assert isinstance(episode, Episode)
     assert (episode.tools, episode.user_turn(), episode.close()) == (TOOLS, None, None)
@@ -291,25 +296,31 @@ def test_a_bad_trace_is_one_line(tmp_path, traces, message):
 
 @pytest.mark.skipif(not (DATA / "ftrl_120.parquet").is_file(), reason="../shared/data is absent")
 def test_the_scripted_calls_of_the_real_items_score_one():
-    """All 86 complete rows: executed here, the same observations, solve_f1 = 1, and less without the last call."""
-    traces = DATA / "ftrl_120_scripted_calls.jsonl"
-    env = Ftrl(DATA / "ftrl_120.parquet", traces=traces)
+    """All 86 complete rows, through the whole rollout loop: the recorded observations, solve_f1 = 1, and less without
+    the last call. The traces made of them score the same."""
+    path = DATA / "ftrl_120_scripted_calls.jsonl"
+    env = Ftrl(DATA / "ftrl_120.parquet", traces=path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     tasks = env.tasks("test")
-    rows = [json.loads(line) for line in traces.read_text().splitlines()]
-    assert len(tasks) == len(rows) == 120
-    assert [task.id for task in tasks] == [f"ftrl/{row}" for row in range(120)]
+    assert [task.id for task in tasks] == [f"ftrl/{row}" for row in range(120)] == [f"ftrl/{r['row']}" for r in rows]
+    assert Counter(task.group for task in tasks) == Counter(row["data_source"] for row in rows)
     complete = [row for row in rows if row["complete"]]
-    assert len(complete) == sum(task.expert is not None for task in tasks) == 86
-    for row in complete:
-        task = tasks[row["row"]]
-        episode = env.start(task.without_expert())
-        messages = []
-        for call in row["calls"]:
-            observation = episode.call(call["name"], call["arguments"])
-            assert observation == call["observation"]
-            messages += [turn((call["name"], call["arguments"])), {"role": "tool", "content": observation}]
-        assert episode.score(messages).metrics == {"solve_p": 1.0, "solve_r": 1.0, "solve_f1": 1.0}
-        assert episode.score(messages[:-2]).reward < 1.0
-        assert task.expert is not None
-        assert episode.score(task.expert).reward == 1.0
+    tasks = [tasks[row["row"]] for row in complete]
+    assert len(tasks) == 86
+    tokenizer = build_tokenizer()
+    for kept, wanted in ((None, 1.0), (-1, None)):
+        engine = ReplayEngine(tokenizer)
+        for task, row in zip(tasks, complete):
+            engine.learn(task, [turn((call["name"], call["arguments"])) for call in row["calls"][:kept]])
+        limits = RolloutLimits(**Ftrl.eval_limits | {"max_turns": 12})  # one call a turn: up to 11 and the answer
+        episodes = run_rollouts(env, tasks, engine, tokenizer, n=1, limits=limits)
+        for task, row, [episode] in zip(tasks, complete, episodes):
+            assert episode.stop_reason == "answer"
+            said = [message["content"] for message in episode.messages if message["role"] == "tool"]
+            assert said == [call["observation"] for call in row["calls"]][:kept]
+            if wanted is None:
+                assert episode.score.reward < 1.0
+            else:
+                assert episode.score.metrics == {"solve_p": 1.0, "solve_r": 1.0, "solve_f1": wanted}
+                assert env.start(task).score(task.expert).reward == 1.0
     env.close()
