@@ -378,7 +378,7 @@ def _two_folders(argv: Sequence[str]) -> tuple[Path, Path]:
 
 def _model_name(source: str) -> str:
     """A name fit for a folder."""
-    return Path(source.removeprefix(REPLAY)).stem.replace("/", "_") or "model"
+    return Path(source.removeprefix(REPLAY)).resolve().name.removesuffix(".jsonl")
 
 
 def _write(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from trainer_setup import tiny_model, toybox
 
 from pact import cli
 from pact.envs.base import Score, Task
-from pact.eval import EvalArguments, choose, parse, read_episodes, settings_of
+from pact.eval import EvalArguments, _model_name, choose, parse, read_episodes, settings_of
 from pact.rollout import RolloutLimits
 
 ANSWERED = [
@@ -245,6 +245,7 @@ def test_groups_averages_and_what_does_not_count(folder, monkeypatch, capsys):
     [(pairs, where, name)] = exported
     assert pairs == [(f"t{n}", {"said": str(n)}) for n in range(4)]
     assert (str(where), name) == ("official", "says")
+    assert _model_name("owner/Model-1.7B") == "Model-1.7B"
     assert read_episodes(folder / "out" / "episodes.jsonl")[2].artifact == {"said": "2"}
 
 

@@ -277,6 +277,22 @@ def test_a_bad_file_is_one_line(tmp_path):
         Ftrl(good, traces=tmp_path / "missing.jsonl")
 
 
+def test_a_struct_of_a_dataset_is_refused(tmp_path, monkeypatch):
+    """Read through datasets, a list of structs has the same fault as a Parquet struct."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for number, tools in enumerate((TOOLS, json.dumps(TOOLS))):
+        table = pyarrow.Table.from_pylist([item(tools=tools)])
+        pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
+        if number == 0:
+            with pytest.raises(ValueError, match="column tools was read as a struct"):
+                Ftrl(tmp_path / "set")
+        else:
+            env = Ftrl(tmp_path / "set")
+            assert env.tasks("train")[0].tools == TOOLS
+            env.close()
+
+
 @pytest.mark.parametrize(
     ("traces", "message"),
     [
