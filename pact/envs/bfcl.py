@@ -289,8 +289,8 @@ def _task(category: str, entry: dict[str, Any], gold: list[Any] | None, seen: di
     def shared(tools: list[ToolSchema]) -> list[ToolSchema]:
         return [seen.setdefault(json.dumps(tool), tool) for tool in tools]
 
-    kept = {key: entry[key] for key in ("id", "initial_config", "involved_classes", "scenario") if key in entry}
-    kept["category"] = category
+    kept: dict[str, Any] = {"category": category}
+    kept |= {key: entry[key] for key in ("id", "initial_config", "involved_classes", "scenario") if key in entry}
     if "scenario" in entry:
         kept |= {"question": entry["question"], "memory": None}
     first, *turns = deepcopy(entry["question"])

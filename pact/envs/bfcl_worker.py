@@ -7,6 +7,7 @@ with each call and is executed again. It decides nothing that the released code 
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -136,9 +137,7 @@ def snapshot(entry: Entry, done: list[Call]) -> dict[str, Any]:
 
 def gold_calls(entry: Entry, gold: list[list[str]]) -> list[list[Call]]:
     """Gold call strings as calls with named arguments; raises ValueError for one that is not a plain call."""
-    import ast
-
-    calls = []
+    calls: list[list[Call]] = []
     for turn in gold:
         calls.append([])
         for text in turn:
@@ -180,7 +179,7 @@ def _strings(entry: Entry, calls: list[Call]) -> list[str]:
     strings = []
     for call in calls:
         good = call["name"] in methods and all(name.isidentifier() for name in call["arguments"])
-        strings += convert_to_function_call([{call["name"] if good else "_undefined": call["arguments"] if good else {}}])
+        strings += convert_to_function_call([{call["name"]: call["arguments"]} if good else {"_undefined": {}}])
     return strings
 
 
