@@ -9,13 +9,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 CallForm = Literal["hermes", "json"]
 
 MAX_CALLS = 128  # calls of one turn, good and bad
+MAX_JSON_VALUES = 1_000  # in the text of one turn, calls or not, that the "json" form looks at
 MAX_CALL_CHARS = 1 << 16  # of the JSON of one call (of one list of calls)
 MAX_NAME_CHARS = 256
 MAX_NUMBER_CHARS = 1_000  # int() of a million digits takes seconds
@@ -78,25 +79,31 @@ def call_spans(text: str, form: CallForm, start: int = 0) -> list[CallSpan]:
     "hermes": blocks ``<tool_call>{"name", "arguments"}</tool_call>``. "json": JSON in the text, bare or fenced, of the
     shape of a call: ``{"name", "arguments" or "parameters"}``, ``{"function": {...}}``, ``{"tool_calls": [...]}`` or a
     list of such; other JSON is prose, a tool's schema too. ``arguments`` may be an object or its JSON text. What is
-    meant as a call and cannot be read is a span with errors. After MAX_CALLS the rest is one span with an error.
+    meant as a call and cannot be read is a span with errors. Beyond a limit the rest is one span with an error.
     """
-    find: Callable[[str, int], CallSpan | None] = {"hermes": _next_hermes, "json": _next_json}[form]
     spans: list[CallSpan] = []
     room = MAX_CALLS
-    while span := find(text, start):
+    for span in {"hermes": _hermes_spans, "json": _json_spans}[form](text, start):
         room -= len(span.calls) + len(span.errors)
         if room < 0:
-            spans.append(CallSpan(span.start, len(text), (), (f"More than {MAX_CALLS} tool calls in one turn.",)))
-            break
+            return [*spans, _rest(text, span.start, f"More than {MAX_CALLS} tool calls in one turn.")]
         spans.append(span)
-        start = span.end
     return spans
 
 
-def _next_hermes(text: str, start: int) -> CallSpan | None:
-    opened = text.find(CALL, start)
-    if opened < 0:
-        return None
+def _rest(text: str, start: int, error: str) -> CallSpan:
+    """What is not read any further."""
+    return CallSpan(start, len(text), (), (error,))
+
+
+def _hermes_spans(text: str, start: int) -> Iterator[CallSpan]:
+    while (opened := text.find(CALL, start)) >= 0:
+        span = _hermes_span(text, opened)
+        yield span
+        start = span.end
+
+
+def _hermes_span(text: str, opened: int) -> CallSpan:
     inside = opened + len(CALL)
     piece = text[inside : inside + MAX_CALL_CHARS + 1]
     reading = _read(piece, len(piece) - len(piece.lstrip()))
@@ -105,7 +112,7 @@ def _next_hermes(text: str, start: int) -> CallSpan | None:
         return _span(opened, closing.end(), reading, [reading.value], ("arguments",))
     closed = text.find(CALL_END, inside)
     if closed < 0:
-        return CallSpan(opened, len(text), (), (f"A tool call was not closed: {CALL_END} is missing.",))
+        return _rest(text, opened, f"A tool call was not closed: {CALL_END} is missing.")
     if text.find(CALL, inside, closed) >= 0:
         fault = f"another one begins inside it; end each with {CALL_END}"
     elif reading.too_deep:
@@ -127,25 +134,30 @@ def _unread(fault: str) -> str:
     return f"A tool call could not be read: {fault}."
 
 
-def _next_json(text: str, start: int) -> CallSpan | None:
-    at = start
+def _json_spans(text: str, start: int) -> Iterator[CallSpan]:
+    at, reads = start, 0
     while opening := _OPENING.search(text, at):
-        begin = opening.start()
+        begin, reads = opening.start(), reads + 1
+        if reads > MAX_JSON_VALUES:
+            yield _rest(text, begin, f"More than {MAX_JSON_VALUES} pieces of JSON in one turn.")
+            return
         reading = _read(text, begin)
         if reading.too_deep:  # nobody can say where it ends
-            return CallSpan(begin, len(text), (), (_unread(_TOO_DEEP),))
+            yield _rest(text, begin, _unread(_TOO_DEEP))
+            return
         # What was read once is not read again, so that hostile text costs no more than plain text.
         at = max(reading.end, begin + 1)
         if reading.complete:
             entries = _entries(reading.value)
             if entries is not None:
                 closing = _FENCE_CLOSES.match(text, at)
-                end = closing.end() if closing else at
-                return _span(_fence(text, start, begin), end, reading, entries, ("arguments", "parameters"))
+                at = closing.end() if closing else at
+                yield _span(_fence(text, start, begin), at, reading, entries, ("arguments", "parameters"))
+                start = at
         elif _NAMED.match(text, begin, at) or _CALL_KEY.search(text, begin, at):
             fault = _unread(f"it is not valid JSON ({reading.fault})")
-            return CallSpan(_fence(text, start, begin), at, (), (fault,))
-    return None
+            yield CallSpan(_fence(text, start, begin), at, (), (fault,))
+            start = at
 
 
 _OPENING = re.compile(r'\{\s*"|\[\s*\{\s*"')
@@ -235,14 +247,10 @@ def _arguments(given: Any) -> dict[str, Any]:
 
 def _deeper_than(value: Any, limit: int) -> bool:
     level = [value]
-    for _ in range(limit + 1):
-        level = [
-            child
-            for item in level
-            if isinstance(item, (dict, list))
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    return bool(level)
+    for _ in range(limit):
+        values = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level = [child for children in values for child in children]
+    return any(isinstance(item, (dict, list)) for item in level)
 
 
 @dataclass
@@ -266,7 +274,7 @@ class _Reading:
     def object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            [(twice, _), *_] = Counter(key for key, _ in pairs).most_common(1)
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
             self.fault = f"the key {twice[:40]!r} appears twice in one object"
         return found
 
