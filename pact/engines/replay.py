@@ -6,6 +6,7 @@ It samples nothing and computes no probabilities.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ from pact.messages import calls_of
 from pact.rollout import Completion, Sampling
 from pact.trace import end_of_turn_id, render_prompt, render_trace
 
+Script = list[list[int]]  # ids of each turn
+
 
 class ReplayEngine:
     """Generator of scripts that ``learn`` has been told. Every row of a prompt says the same, whatever the sampling.
 
     Turn i of a row is the i-th assistant message of its prompt's script; after the last one every turn is empty, which
     ends an episode. The log-prob of every token is 0. ``context_length``: as a model's, to see what would not fit.
+
+    An engine sees prompts only. Where tasks with different scripts share a prompt (BFCL's categories do), each row of
+    it says the next script in the order they were learnt: one rollout a task, rolled out in that order.
     """
 
     def __init__(
@@ -31,26 +37,27 @@ class ReplayEngine:
         self.max_batch, self.context_length = max_batch, context_length
         self._tokenizer = tokenizer
         self._stop_id = end_of_turn_id(tokenizer)
-        self._scripts: dict[tuple[int, ...], list[list[int]]] = {}
+        self._scripts: dict[tuple[int, ...], list[Script]] = {}  # prompt -> its different scripts
+        self._waiting: dict[tuple[int, ...], deque[Script]] = {}  # those that no row has said since they were learnt
 
     def learn(self, task: Task, messages: Sequence[Message]) -> None:
         """What to say when asked for ``task``: the assistant messages among ``messages``; the others are passed over.
 
-        Raises ValueError for a message that cannot be rendered, and when the same prompt has another script.
+        Raises ValueError for a message that cannot be rendered.
         """
         head_ids, suffix_ids = render_prompt(task.messages, task.tools, self._tokenizer)
-        turns = [self._turn(message) for message in messages if message.get("role") == "assistant"]
-        known = self._scripts.setdefault((*head_ids, *suffix_ids), turns)
-        if known != turns:
-            raise ValueError(
-                f"task {task.id!r} has the prompt of another task and another script: the replaying agent sees prompts "
-                "only, so replay such tasks one at a time"
-            )
+        prompt = (*head_ids, *suffix_ids)
+        script = [self._turn(message) for message in messages if message.get("role") == "assistant"]
+        known = self._scripts.setdefault(prompt, [])
+        if script not in known:
+            known.append(script)
+        self._waiting.setdefault(prompt, deque()).append(script)
 
     def open(
         self, prompts: Sequence[list[int]], *, stop_id: int, sampling: Sampling, seeds: Sequence[int]
     ) -> ReplaySession:
-        """Raises ValueError for a prompt it has no script for, or a stop id that is not its tokenizer's."""
+        """Raises ValueError for a prompt it has no script for or more rows than different scripts, and for a stop id
+        that is not its tokenizer's."""
         if stop_id != self._stop_id:
             raise ValueError(
                 f"stop_id is {stop_id} and this tokenizer's turns end with {self._stop_id}: use one tokenizer"
@@ -58,7 +65,17 @@ class ReplayEngine:
         unknown = sum(tuple(prompt) not in self._scripts for prompt in prompts)
         if unknown:
             raise ValueError(f"{unknown} of {len(prompts)} prompts have no script: tell the replay engine with learn()")
-        return ReplaySession([self._scripts[tuple(prompt)] for prompt in prompts], stop_id)
+        return ReplaySession([self._next_script(tuple(prompt)) for prompt in prompts], stop_id)
+
+    def _next_script(self, prompt: tuple[int, ...]) -> Script:
+        if self._waiting[prompt]:
+            return self._waiting[prompt].popleft()
+        if len(self._scripts[prompt]) > 1:
+            raise ValueError(
+                f"a prompt has {len(self._scripts[prompt])} different scripts, and all were said: learn its tasks "
+                "again and play one rollout of each"
+            )
+        return self._scripts[prompt][0]
 
     def _turn(self, message: Message) -> list[int]:
         """Ids of one assistant message up to and with its end of turn, as the training template renders it."""
@@ -73,7 +90,7 @@ class ReplayEngine:
 class ReplaySession:
     """Rows under way: what each still has to say. Every ``generate`` ends all rows it names."""
 
-    def __init__(self, scripts: Sequence[list[list[int]]], stop_id: int) -> None:
+    def __init__(self, scripts: Sequence[Script], stop_id: int) -> None:
         self._scripts, self._stop_id = scripts, stop_id
         self._next = [0] * len(scripts)
 
