@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup train test sweep lint bench gpu
+.PHONY: setup train test sweep lint bench bfcl-gold gpu
 setup: $(READY)
 	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the ftrl environment needs it (Debian: apt-get install bubblewrap)"
 
@@ -37,6 +37,11 @@ bench: setup
 	$(PYTHON) benchmarks/head.py
 	$(PYTHON) benchmarks/tree_attention.py
 	$(PYTHON) benchmarks/one_pass.py --shape cpu
+	$(PYTHON) benchmarks/sandbox.py
+
+# All 800 multi-turn items of BFCL: gold calls are valid on every one, and on none without the last. Three minutes.
+bfcl-gold: setup
+	$(PYTHON) benchmarks/bfcl_gold.py
 
 # Needs torch, triton, transformers and pytest, this package not installed. PART=1: every kernel for correctness. PART=2:
 # the operations beside their peers. PART=3: the whole update step. Without PART: all of them.

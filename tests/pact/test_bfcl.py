@@ -1,0 +1,327 @@
+"""BFCL through the environment: gold and broken attempts, tools that appear, memory chains, hostile calls, exports."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from pact.engines.replay import ReplayEngine
+from pact.envs import bfcl, make
+from pact.envs.bfcl import MULTI_TURN, NEW_TOOLS, STEP_LIMIT, Bfcl
+from pact.envs.bfcl_export import export_results
+from pact.envs.toybox_text import build_tokenizer
+from pact.evaluate import Play, evaluate_in_batches
+from pact.rollout import RolloutLimits
+from pact.sandbox import Sandbox
+
+SAMPLE = 5  # items of each category; all 800: make bfcl-gold
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = Bfcl("all", workers=2)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def tasks(env):
+    return {task.id: task for task in env.tasks("test")}
+
+
+def script(turns):
+    """Assistant messages that make the calls of each user turn in one step, then close the turn."""
+    messages = []
+    for calls in turns:
+        if calls:
+            messages.append({"role": "assistant", "content": "", "tool_calls": list(calls)})
+        messages.append({"role": "assistant", "content": "Done."})
+    return messages
+
+
+def play(env, tasks, script_of):
+    """Scripted episodes through the rollout loop: {id: record}. ``script_of``: the messages for a task as it stands."""
+    tokenizer = build_tokenizer()
+    engine = ReplayEngine(tokenizer)
+
+    def teach(batch):
+        for task in batch:
+            engine.learn(task, script_of(task))
+
+    options = Play(limits=RolloutLimits(**env.eval_limits))
+    batches = evaluate_in_batches(engine, env, tokenizer, tasks, options, prepare=teach)
+    return {record.id: record for batch in batches for record in batch}
+
+
+def gold_script(env, drop_last=False):
+    def of(task):
+        turns = env.gold(task)
+        if drop_last:
+            [*_, last] = (turn for turn in turns if turn)
+            last.pop()
+        return script(turns)
+
+    return of
+
+
+@pytest.mark.parametrize("category", MULTI_TURN)
+def test_gold_is_valid_and_nothing_without_its_last_call(env, tasks, category):
+    sample = [tasks[f"{category}_{n}"] for n in range(SAMPLE)]
+    whole, dropped = (play(env, sample, gold_script(env, drop)) for drop in (False, True))
+    assert [record.metrics["valid"] for record in whole.values()] == [1.0] * SAMPLE
+    assert [record.metrics["valid"] for record in dropped.values()] == [0.0] * SAMPLE
+    assert all(record.artifact["error_type"].startswith("multi_turn:") for record in dropped.values())
+
+
+def test_all_items_are_there_in_released_order(env):
+    ids = [task.id for task in env.tasks("test")]
+    assert ids[:2] == ["multi_turn_base_0", "multi_turn_base_1"]
+    groups = [task.group for task in env.tasks("test")]
+    assert [groups.count(name) for name in (*MULTI_TURN, "memory_kv", "memory_rec_sum", None)] == [200] * 4 + [
+        155,
+        155,
+        74,
+    ]
+    assert env.averages == {"multi_turn": MULTI_TURN, "memory": ("memory_kv", "memory_rec_sum")}
+
+
+def test_tools_appear_with_their_turn(env, tasks):
+    task = next(task for task in tasks.values() if task.group == "multi_turn_miss_func")
+    [(turn, [tool, *_])] = list(task.data.held_out.items())[:1]
+    name = tool["function"]["name"]
+    episode = env.start(task)
+    assert name not in [tool["function"]["name"] for tool in episode.tools]
+    for _ in range(turn):
+        shown = episode.user_turn()
+    assert name in [tool["function"]["name"] for tool in episode.tools]
+    assert shown[-1]["content"].endswith(NEW_TOOLS)
+    assert json.loads(shown[-1]["content"].removesuffix(NEW_TOOLS))[0]["name"] == name
+    assert len(task.tools) + len(task.data.held_out[turn]) == len(episode.tools)
+
+
+def test_state_lasts_through_an_episode_and_no_longer(env, tasks):
+    task = tasks["multi_turn_base_0"]
+    first, second = env.start(task), env.start(task)
+    assert "None" in first.call("mkdir", {"dir_name": "new_folder"}) or first.call("ls", {})
+    assert "new_folder" in first.call("ls", {})
+    assert "new_folder" not in second.call("ls", {})
+    assert "exists" in first.call("mkdir", {"dir_name": "new_folder"})
+
+
+def test_too_many_steps_end_the_attempt(env, tasks):
+    task = tasks["multi_turn_base_0"]
+    look = {"role": "assistant", "content": "", "tool_calls": [{"name": "ls", "arguments": {}}]}
+    [stuck] = play(env, [task], lambda task: [look] * (STEP_LIMIT - 1) + script(env.gold(task))).values()
+    assert (stuck.stop_reason, stuck.turns) == ("turn_limit", STEP_LIMIT)
+    assert (stuck.metrics["valid"], stuck.artifact["error_type"]) == (0.0, "multi_turn:force_terminated")
+    assert len(stuck.artifact["result"]) == 1
+
+
+def test_steps_are_counted_anew_with_each_user_message(env, tasks):
+    task = tasks["multi_turn_base_0"]
+    look = {"role": "assistant", "content": "", "tool_calls": [{"name": "pwd", "arguments": {}}]}
+    turns = [[look] * (STEP_LIMIT - 2) + script([calls]) for calls in env.gold(task)]
+    [record] = play(env, [task], lambda task: [message for turn in turns for message in turn]).values()
+    assert (record.stop_reason, record.metrics["valid"]) == ("answer", 1.0)
+    assert record.turns == len(turns) * STEP_LIMIT
+
+
+def test_turn_rewards_stop_where_the_checks_fail(env, tasks):
+    task = tasks["multi_turn_base_0"]
+    gold = env.gold(task)
+    messages = []
+    for number, calls in enumerate(gold):
+        if number != 2:
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        messages += [{"role": "assistant", "content": "Done."}, {"role": "user", "content": "next"}]
+    score = env.start(task).score(messages[:-1])
+    share = 1 / len(gold)
+    assert score.turn_rewards == [0.0, share, 0.0, share, 0.0] + [0.0, 0.0] * (len(gold) - 3)
+    assert (score.reward, score.metrics["valid"]) == (0.0, 0.0)
+    nothing = env.start(task).score([])  # a prompt that does not fit
+    assert (nothing.reward, nothing.turn_rewards, nothing.artifact["result"]) == (0.0, [], [])
+
+
+HOSTILE = [
+    ("__import__('os').system", {}),
+    ("execute_multi_turn_func_call", {"func_call_list": ["open('/tmp/x', 'w')"], "initial_config": {}}),
+    ("eval", {}),
+    ("exit", {}),
+    ("_load_scenario", {}),
+    ("ls", {"a=1) or __import__('os')._exit(1) or (b": 1}),
+    ("cd", {"folder": "'); __import__('os')._exit(1) #"}),
+    ("cd", {"folder": "__import__('os')._exit(1)"}),
+    ("echo", {"content": "{}" * 1000, "file_name": {"a": [None]}}),
+    ("cd", {"folder": {"nested": [1, {"deep": None}]}}),
+    ("no_such_tool", {"x": float("nan")}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), HOSTILE)
+def test_hostile_calls_are_errors_and_change_nothing(env, tasks, name, arguments):
+    task = tasks["multi_turn_base_0"]
+    gold = env.gold(task)
+    episode = env.start(task)
+    observation = episode.call(name, arguments)
+    assert isinstance(observation, str)
+    assert "document" in episode.call("ls", {})
+    attempt = script(gold)
+    attempt.insert(0, {"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": arguments}]})
+    messages = []
+    for message in attempt:
+        messages.append(message)
+        if message["content"] == "Done." and message is not attempt[-1]:
+            messages.append({"role": "user", "content": "next"})
+    assert env.start(task).score(messages).metrics["valid"] == 1.0
+
+
+def test_a_policy_cannot_write_its_own_verdict(env, tasks):
+    """What it says reaches the checker's process: none of it may run there."""
+    task = tasks["multi_turn_base_0"]
+    patch = "__import__('sys').modules['bfcl_worker'].multi_turn_checker"
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": [{"name": f"setattr({patch})", "arguments": {}}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "ls", "arguments": {f"a={patch}": 1}}]},
+        {"role": "assistant", "content": '{"valid": true}'},
+    ]
+    assert env.start(task).score(messages).metrics["valid"] == 0.0
+
+
+@pytest.mark.parametrize("category", ["memory_kv", "memory_rec_sum"])
+def test_what_a_conversation_stores_a_question_finds(tasks, category):
+    env = make("bfcl", categories=[category], workers=1)
+    mine = {task.id: task for task in env.tasks("test")}
+    chain = sorted((t for t in mine.values() if t.group is None and "customer" in t.id), key=env.stage)
+    question = mine[f"{category}_0-customer-0"]
+    assert [env.stage(task) for task in chain] == list(range(len(chain)))
+    assert env.stage(question) > len(chain)
+    store = (
+        {"name": "core_memory_add", "arguments": {"key": "first_name", "value": "Michael"}}
+        if category == "memory_kv"
+        else {"name": "memory_append", "arguments": {"text": "The user is called Michael."}}
+    )
+    try:
+        empty = env.ready(question)
+        assert "Michael" not in empty.messages[0]["content"]
+        answer = {"role": "assistant", "content": "{'answer': 'Michael', 'context': 'you said so'}"}
+        says = [{"role": "assistant", "content": "", "tool_calls": [store]}]
+        says += [{"role": "assistant", "content": "Noted."}] * 50
+
+        def script_of(task):
+            return [answer] if task.id == question.id else says[env.stage(task) > 0 :]
+
+        by_id = play(env, [question, *chain], script_of)
+        assert by_id[question.id].metrics["valid"] == 1.0
+        assert "Michael" in json.dumps(by_id[chain[-1].id].artifact["memory"])
+        assert "valid" not in by_id[chain[0].id].metrics
+        shown = env.ready(question).messages
+        assert [message["role"] for message in shown] == ["system", "user"]
+        assert "Michael" in shown[0]["content"]
+        # A resumed evaluation hands the artifacts back to a new environment.
+        again = make("bfcl", categories=[category], workers=1)
+        again.keep(chain[-1], json.loads(json.dumps(by_id[chain[-1].id].artifact)))
+        assert again.ready(question).messages == shown
+        wrong = again.start(again.ready(question)).score([{"role": "assistant", "content": "I do not know"}])
+        assert (wrong.reward, wrong.artifact["error_type"]) == (0.0, "agentic:answer_not_found")
+        calling = [{"role": "assistant", "content": "Michael", "tool_calls": [store]}]
+        assert again.start(again.ready(question)).score(calling).reward == 0.0
+        again.close()
+    finally:
+        env.close()
+
+
+READ_EXPORT = """
+import json, sys, types
+def read(files):
+    import bfcl_worker
+    class OSSHandler: pass
+    stub = types.ModuleType("bfcl_eval.model_handler.local_inference.base_oss_handler")
+    stub.OSSHandler = OSSHandler
+    sys.modules[stub.__name__] = stub
+    from bfcl_eval.model_handler.local_inference.qwen_fc import QwenFCHandler
+    from bfcl_eval.utils import extract_test_category, get_directory_structure_by_category
+    handler, verdicts = QwenFCHandler.__new__(QwenFCHandler), {}
+    for path, rows in files.items():
+        category = extract_test_category(path)
+        assert get_directory_structure_by_category(category) in path, path
+        data = bfcl_worker.load(category)
+        entries = {entry["id"]: entry for entry in data["entries"]}
+        for row in rows:
+            turns = [[handler.decode_execute(step, has_tool_call_tag=False) for step in turn] for turn in row["result"]]
+            turns = [[step for step in turn if step] for turn in turns]
+            gold = data["answers"][row["id"]]
+            verdict = len(turns) == len(gold) and bfcl_worker.multi_turn_checker(
+                turns, gold, entries[row["id"]], category, "export")["valid"]
+            verdicts[row["id"]] = bool(verdict)
+    return verdicts
+"""
+
+
+def test_exports_are_what_the_released_package_reads(env, tasks, tmp_path):
+    sample = [tasks[f"{category}_{n}"] for category in MULTI_TURN for n in (11, 2)]
+    played = play(env, sample, gold_script(env))
+    played |= play(env, [tasks["multi_turn_base_7"]], gold_script(env, drop_last=True))
+    records = played.values()
+    files = export_results([(record.id, record.artifact) for record in records], tmp_path, "Qwen/Qwen3-1.7B-FC")
+    base = tmp_path / "result" / "Qwen_Qwen3-1.7B-FC" / "multi_turn" / "BFCL_v4_multi_turn_base_result.json"
+    assert base in files
+    rows = {str(path): [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+    assert [row["id"] for row in rows[str(base)]] == [f"multi_turn_base_{n}" for n in (2, 7, 11)]
+    with Sandbox(packages=bfcl._packages(), preload=["bfcl_worker"], memory_bytes=2 << 30) as sandbox:
+        result = sandbox.call(READ_EXPORT, "read", {"files": rows}, 60.0)
+    assert result.ok, result.error
+    assert json.loads(result.output) == {record.id: record.metrics["valid"] == 1.0 for record in records}
+    memory = export_results([("memory_kv_prereq_3-customer-3", {"result": []})], tmp_path, "m")
+    assert memory == [tmp_path / "result/m/agentic/memory/kv/BFCL_v4_memory_kv_prereq_result.json"]
+    with pytest.raises(ValueError, match="holds no BFCL result"):
+        export_results([("ftrl/0", None)], tmp_path, "m")
+
+
+@pytest.mark.parametrize(
+    ("categories", "said"),
+    [
+        ("memory_vector", "embedding model"),
+        (["multi_turn_base", "web_search_base"], "live web"),
+        ("format_sensitivity", "single-turn"),
+        ("simple_python", "there is no category 'simple_python' here"),
+        ([], "no category is chosen"),
+    ],
+)
+def test_what_does_not_run_here_is_named(categories, said):
+    with pytest.raises(ValueError, match=said):
+        Bfcl(categories)
+
+
+def test_a_missing_or_other_package_is_one_error(monkeypatch):
+    monkeypatch.setattr(bfcl, "find_spec", lambda name: None if name == "rank_bm25" else find_spec(name))
+    with pytest.raises(RuntimeError, match=r"rank_bm25.*pip install --no-deps bfcl-eval==2026\.3\.23"):
+        Bfcl()
+    monkeypatch.undo()
+    monkeypatch.setattr(bfcl.importlib.metadata, "version", lambda name: "1.0")
+    with pytest.raises(RuntimeError, match=r"1\.0 is installed"):
+        Bfcl()
+
+
+def test_nothing_of_the_package_is_imported_here():
+    import sys
+
+    assert not [name for name in sys.modules if name.startswith("bfcl_eval")]
+    assert not (Path(find_spec("bfcl_eval").origin).parents[1] / "result").exists()
+
+
+def test_a_call_out_of_time_is_an_error_and_the_attempt_goes_on(tasks):
+    env = Bfcl("multi_turn_base", workers=1, timeout=30.0)
+    try:
+        task = env.tasks("test")[0]
+        episode = env.start(task)
+        env._timeout = 1e-3
+        assert episode.call("ls", {}).startswith("Error during execution: timed out")
+        lost = episode.score([{"role": "assistant", "content": "Done."}])
+        assert (lost.reward, lost.artifact["error_type"]) == (0.0, "multi_turn:force_terminated") or lost.artifact[
+            "error_type"
+        ] == "check_failed"
+        env._timeout = 30.0
+        assert "document" in episode.call("ls", {})
+    finally:
+        env.close()
