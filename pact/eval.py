@@ -47,7 +47,7 @@ SETTINGS_FILE, EPISODES_FILE = "settings.json", "episodes.jsonl"
 SUMMARY_FILE, TABLE_FILE = "summary.json", "summary.md"
 REPLAY = "replay:"
 # What may differ when an evaluation is taken up again: where and how fast, not what.
-_FREE = ("output", "batch_size", "device", "export_bfcl")
+_FREE = ("output", "batch_size", "device", "export_bfcl", "workers")
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".jsonl")  # the last: of scripts that are replayed
 
 
@@ -209,6 +209,7 @@ def _short(value: Any) -> str:
 def settings_of(args: EvalArguments, limits: RolloutLimits, tasks: Sequence[Task]) -> dict[str, Any]:
     """What makes two evaluations the same one: settings, limits in force, items, and the model's files."""
     values = {key: value for key, value in asdict(args).items() if key not in _FREE}
+    values["env_options"] = {key: value for key, value in values["env_options"].items() if key not in _FREE}
     for key in ("model", "data"):
         if values[key] and Path(values[key]).exists():
             values[key] = str(Path(values[key]).resolve())
@@ -302,11 +303,13 @@ def play_all(
     rules = CallRules(form=args.call_format, malformed=args.malformed_calls)
     play = Play(limits, args.sampling, rules, args.batch_size, args.seed)
     done = dict(results.records)
+    scored = {task.id for task in tasks if task.group is not None} or {task.id for task in tasks}
     with tqdm(total=len(tasks), initial=len(done), unit="item", desc=str(args.env)) as bar:
         for records in evaluate_in_batches(engine, env, tokenizer, tasks, play, done=done, prepare=prepare):
             results.append(records)
-            rewards = [record.reward for record in counted(list(results.records.values()))]
-            bar.set_postfix(reward=f"{sum(rewards) / len(rewards):.4f}", refresh=False)
+            rewards = [record.reward for id, record in results.records.items() if id in scored]
+            if rewards:
+                bar.set_postfix(reward=f"{sum(rewards) / len(rewards):.4f}", refresh=False)
             bar.update(len(records))
 
 

@@ -86,7 +86,7 @@ def test_an_interrupted_evaluation_goes_on(folder, capsys, monkeypatch):
     assert len(read_episodes(path)) == 2
     path.write_text(path.read_text() + '{"id": "ftrl/2", "rew')  # and a line that was being written
     monkeypatch.setattr("pact.eval.Results.append", append)
-    assert run("--batch_size", "3") == 0
+    assert run("--batch_size", "3", "--env_options.workers", "1") == 0
     assert path.read_text() == (folder / "whole" / "episodes.jsonl").read_text()
     assert (folder / "out" / "summary.json").read_text() == (folder / "whole" / "summary.json").read_text()
     # Finished: the tables are made again, and no model is needed.
