@@ -234,7 +234,8 @@ def test_what_a_conversation_stores_a_question_finds(tasks, category):
 READ_EXPORT = """
 import json, sys, types
 def read(files):
-    import bfcl_worker
+    import bfcl_worker, overrides
+    overrides.override = lambda method: method  # it would look for the methods of the base, which needs vendor SDKs
     class OSSHandler: pass
     stub = types.ModuleType("bfcl_eval.model_handler.local_inference.base_oss_handler")
     stub.OSSHandler = OSSHandler
