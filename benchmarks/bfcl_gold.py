@@ -1,4 +1,4 @@
-"""Does the BFCL environment score as it must? Gold calls are valid on every multi-turn item, and on none without the last.
+"""Does the BFCL environment score as it must? Gold calls are valid on all multi-turn items, on none without the last.
 
 python benchmarks/bfcl_gold.py      all 800 items both ways, a printed table, and results/bfcl_gold.json
 """

@@ -85,6 +85,10 @@ class PactTrainingArguments(TrainingArguments):
     max_response_tokens: int = _help("tokens after the prompt, observations included", 4096)
     max_prompt_tokens: int | None = _help("longest prompt (default: what the context leaves for one turn)", None)
     overlong_prompts: Literal["error", "drop"] = _help("what to do with prompts over max_prompt_tokens", "error")
+    call_format: Literal["hermes", "json"] = _help(
+        "how calls are written: <tool_call> blocks, or JSON in the text", "hermes"
+    )
+    malformed_calls: Literal["observe", "skip"] = _help("answer a bad call with an error, or drop it", "observe")
     reward: Literal["env", "solve_f1", "toolrl", "matchtir", "answer_f1"] = _help(
         "reward of the rollouts; env: the environment's own, which evaluations always report", "env"
     )

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pact import advantages
+from pact.call_text import CallForm
 from pact.envs import Score, Task
 from pact.messages import Message, calls_of, check_messages, check_trace
 from pact.objective import Group, PactConfig, Rollout
@@ -105,22 +106,27 @@ def check_gold(tasks: Sequence[Task], reward: Reward) -> None:
 
 
 def with_reward(
-    task: Task, episodes: Sequence[Trajectory], reward: Reward, tokenizer: PreTrainedTokenizerBase
+    task: Task,
+    episodes: Sequence[Trajectory],
+    reward: Reward,
+    tokenizer: PreTrainedTokenizerBase,
+    form: CallForm = "hermes",
 ) -> list[Trajectory]:
     """The episodes of ``task`` with ``reward`` in their score. The environment's metrics stay; its own reward becomes
-    the metric ``env_reward``. What is scored is what the policy sampled, never what a tool or a user wrote."""
+    the metric ``env_reward``. What is scored is what the policy sampled, its calls spelled in ``form``, never what a
+    tool or a user wrote."""
     if reward.is_own:
         return list(episodes)
     gold, scored = gold_of(task), []
     for episode in episodes:
         own = episode.score
-        value, turn_rewards = reward.of(_turns(episode, tokenizer), gold, (own.reward, own.turn_rewards))
+        value, turn_rewards = reward.of(_turns(episode, tokenizer, form), gold, (own.reward, own.turn_rewards))
         metrics = {**own.metrics, "env_reward": own.reward}
         scored.append(replace(episode, score=Score(value, turn_rewards, metrics, own.artifact)))
     return scored
 
 
-def _turns(episode: Trajectory, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+def _turns(episode: Trajectory, tokenizer: PreTrainedTokenizerBase, form: CallForm) -> list[Turn]:
     stop, turns = end_of_turn_id(tokenizer), []
     for (start, end), (_, (calls, seen)) in zip(episode.turns, _with_observations(episode.messages), strict=True):
         ids = episode.ids[start:end]
@@ -129,7 +135,7 @@ def _turns(episode: Trajectory, tokenizer: PreTrainedTokenizerBase) -> list[Turn
         reasoning, closed, text = sampled.partition("</think>")
         if not closed:
             text = reasoning.partition("<think>")[0]
-        sound = finished and sampled.count("</think>") == 1 and not parse_turn(sampled).errors
+        sound = finished and sampled.count("</think>") == 1 and not parse_turn(sampled, form).errors
         turns.append(Turn(text, calls, seen, sound))
     return turns
 

@@ -85,7 +85,7 @@ def open_run(argv: Sequence[str]) -> Run:
 
 def _same_evaluation(first: RunSettings, now: RunSettings) -> None:
     """Raises ValueError when the evaluation at the end would not be that of the start."""
-    for name in ("eval_temperature", "top_p", "max_turns", "max_turn_tokens", "max_response_tokens"):
+    for name in ("eval_temperature", "top_p", "max_turns", "max_turn_tokens", "max_response_tokens", "call_format"):
         before, after = getattr(first.training, name), getattr(now.training, name)
         if before != after:
             raise ValueError(

@@ -37,7 +37,7 @@ from pact.metrics import add_metrics
 from pact.modeling import attach_tree_attention
 from pact.objective import CoTrainResult, Denominators, Group, PactConfig, PactObjective, flatten_metrics
 from pact.reporting import Meter, RewardPrinter, RewardProgress
-from pact.rollout import RolloutLimits, Sampling, Trajectory, run_rollouts
+from pact.rollout import CallRules, RolloutLimits, Sampling, Trajectory, run_rollouts
 from pact.samples import (
     Estimator,
     check_gold,
@@ -112,6 +112,7 @@ class PactTrainer(Trainer):
         self.limits = RolloutLimits(
             args.max_turns, args.max_turn_tokens, args.max_response_tokens, self.config.context_length
         )
+        self.rules = CallRules(args.call_format, args.malformed_calls)
         tasks = list(env.tasks("train") if train_dataset is None else train_dataset)
         if eval_dataset is None and args.eval_tasks:
             eval_dataset = env.tasks("test")[: args.eval_tasks]
@@ -229,7 +230,7 @@ class PactTrainer(Trainer):
         episodes = self.generate(tasks)
         seconds = time.perf_counter() - start
         episodes = [
-            with_reward(task, attempts, self.scoring, self.processing_class)
+            with_reward(task, attempts, self.scoring, self.processing_class, self.rules.form)
             for task, attempts in zip(tasks, episodes, strict=True)
         ]
         estimator = Estimator(args.advantage, args.turn_discount, args.dual_combine)
@@ -267,6 +268,7 @@ class PactTrainer(Trainer):
                 n=self.args.num_rollouts,
                 sampling=Sampling(temperature=self.config.temperature, top_p=self.args.top_p),
                 limits=self.limits,
+                rules=self.rules,
                 seed=self.stream("rollout").getrandbits(63),
             )
 
@@ -418,7 +420,8 @@ class PactTrainer(Trainer):
     def play(self, tasks: Sequence[Task]) -> list[EpisodeRecord]:
         """One episode of each task, shared out over the processes; records in the order of ``tasks``."""
         mine = tasks[self.args.process_index :: self.args.world_size]
-        options: Any = {"limits": self.limits, "sampling": Sampling(self.args.eval_temperature, self.args.top_p)}
+        sampling = Sampling(self.args.eval_temperature, self.args.top_p)
+        options: Any = {"limits": self.limits, "sampling": sampling, "rules": self.rules}
         with self.accelerator.autocast():
             records = evaluate(self.engine, self.env, self.processing_class, mine, **options) if mine else []
         by_id = {record.id: record for record in gather_object(records)}

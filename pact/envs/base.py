@@ -94,7 +94,7 @@ class Staged(Protocol):
     """An environment in which some tasks are made of what earlier episodes left behind (BFCL's memory questions).
 
     An evaluation plays all tasks of a stage before the next stage, hands each finished episode's ``Score.artifact`` to
-    ``keep`` (also those read back from an earlier, interrupted run) and asks ``ready`` for a task just before it starts.
+    ``keep`` (also those read back from an earlier, interrupted run) and asks ``ready`` for a task right before it.
     """
 
     def stage(self, task: Task) -> int:

@@ -1,4 +1,4 @@
-"""BFCL results in the released layout, so that ``bfcl evaluate`` of the official package can score them. It scores nothing."""
+"""BFCL results in the released layout, for ``bfcl evaluate`` of the official package. It scores nothing."""
 
 from __future__ import annotations
 
