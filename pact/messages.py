@@ -40,7 +40,8 @@ def calls_of(message: Message) -> list[dict[str, Any]]:
 
 
 def check_messages(messages: Sequence[Message], kind: str) -> list[Message]:
-    """Copies of ``messages`` with parsed calls; ValueError for what no template can render."""
+    """Copies of ``messages`` with parsed calls; ValueError for what no template can render. The messages of a rollout
+    pass, whatever was sampled; what is odd about a turn is an error in a trace only (check_trace)."""
     if not messages:
         raise ValueError(f"empty {kind}: it needs at least one message")
     checked = []
@@ -58,20 +59,21 @@ def check_messages(messages: Sequence[Message], kind: str) -> list[Message]:
                 raise ValueError(f"{where} ({role}): {key} is {type(value).__name__}; give it as text")
         copy = dict(message)
         if role == "assistant":
-            _check_reasoning(message, where)
+            renamed = any(message.get(key) is not None for key in ("reasoning", "thinking"))
+            if renamed and "reasoning_content" not in message:
+                raise ValueError(f"{where}: reasoning belongs under 'reasoning_content'; rename the key")
             try:
                 calls = calls_of(message)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             copy["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-            if not calls and not (message.get("content") or message.get("reasoning_content") or "").strip():
-                raise ValueError(f"{where}: empty assistant turn; give it reasoning, a call or an answer, or drop it")
         checked.append(copy)
     return checked
 
 
 def check_trace(messages: Sequence[Message]) -> list[Message]:
-    """check_messages of a trace, which starts with an assistant turn and gives each call its result, in order."""
+    """check_messages of a trace, which starts with an assistant turn, has none that is empty or hides its reasoning in
+    its content, and gives each call its result, in order."""
     checked = check_messages(messages, "trace")
     if checked[0]["role"] != "assistant":
         raise ValueError(
@@ -89,6 +91,7 @@ def check_trace(messages: Sequence[Message]) -> list[Message]:
         if open_calls:
             raise ValueError(_missing_results(caller, open_calls))
         if message["role"] == "assistant":
+            _check_turn(message, f"trace message {place}")
             if place and checked[place - 1]["role"] == "assistant":
                 raise ValueError(f"trace message {place}: two assistant turns in a row; merge them into one")
             open_calls, caller = len(message["tool_calls"]), place
@@ -97,13 +100,13 @@ def check_trace(messages: Sequence[Message]) -> list[Message]:
     return checked
 
 
+def _check_turn(message: Message, where: str) -> None:
+    content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
+    if not message["tool_calls"] and not (content.strip() or reasoning.strip()):
+        raise ValueError(f"{where}: empty assistant turn; give it reasoning, a call or an answer, or drop it")
+    if content.lstrip().startswith("<think>"):  # it would be taken for the answer
+        raise ValueError(f"{where}: its content opens with <think>; move the reasoning to 'reasoning_content'")
+
+
 def _missing_results(caller: int, missing: int) -> str:
     return f"trace message {caller}: {missing} of its calls have no result; add one tool message a call right after it"
-
-
-def _check_reasoning(message: Message, where: str) -> None:
-    """Reasoning under another name would be lost, reasoning inside the content would be taken for the answer."""
-    if any(message.get(key) is not None for key in ("reasoning", "thinking")) and "reasoning_content" not in message:
-        raise ValueError(f"{where}: reasoning belongs under 'reasoning_content'; rename the key")
-    if (message.get("content") or "").lstrip().startswith("<think>"):
-        raise ValueError(f"{where}: its content opens with <think>; move the reasoning to 'reasoning_content'")

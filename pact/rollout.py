@@ -328,7 +328,8 @@ class _Loop:
         room, binding = item.room(self.limits)
         item.record_turn(completion, label_turn(completion.ids, self.tokenizer, self.rules.form))
         text_ids = completion.ids[:-1] if completion.finished else completion.ids
-        turn = parse_turn(str(self.tokenizer.decode(text_ids, skip_special_tokens=False)), self.rules.form)
+        text = self.tokenizer.decode(text_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        turn = parse_turn(str(text), self.rules.form)
         item.messages.append(turn.message)
         if completion.finished:
             return turn
@@ -354,15 +355,19 @@ class _Loop:
         if len(item.turns) >= self.limits.max_turns or item.steps == self.limits.max_user_turn_steps:
             item.stop_reason = "turn_limit"
             return
-        key = json.dumps(reply)
-        if key not in self.rendered:
-            self.rendered[key] = render_observation(reply, self.tokenizer)
-        ids = self.rendered[key]
+        ids = self.render(reply)
         room, binding = item.room(self.limits)
         if len(ids) >= room:
             item.stop_reason = binding
             return
         item.record_observation(ids)
+
+    def render(self, reply: list[Message]) -> list[int]:
+        """Ids of ``reply``. Of one that fits in no response, only as many are kept: a tool may print megabytes."""
+        key = json.dumps(reply)
+        if key not in self.rendered:
+            self.rendered[key] = render_observation(reply, self.tokenizer)[: self.limits.max_response_tokens]
+        return self.rendered[key]
 
 
 def _call(env: Environment, item: _Running, name: str, arguments: dict[str, Any]) -> Message:

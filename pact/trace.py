@@ -159,7 +159,7 @@ _PROBE: list[Message] = [
             {"type": "function", "function": {"name": "probe_tool", "arguments": {"key": "probe argument"}}}
         ],
     },
-    {"role": "tool", "name": "probe_tool", "content": "probe result"},
+    {"role": "tool", "name": "probe_name", "content": "probe result"},
     {"role": "assistant", "content": "probe answer", "reasoning_content": "probe check"},
     {"role": "user", "content": "probe second question"},
     {"role": "assistant", "content": "probe second answer", "reasoning_content": "probe second check"},
@@ -191,6 +191,8 @@ def _lacks(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str
     components = {piece.component for block in parts[-1] for piece in block.pieces if piece.given}
     if len(turns) != len(ends) or components != set(Component):
         return [*lacks, "does not mark where turns and components begin"]
+    if any("probe" in piece.text for block in parts[-1] for piece in block.pieces if not piece.given):
+        lacks.append("writes content outside marks.open and marks.close, where it could forge control tokens")
     if any(ids[-1] not in tokenizer.added_tokens_decoder for ids, _ in _encode(turns, tokenizer)):
         lacks.append("ends no turn with a control token of this vocabulary")
     return lacks

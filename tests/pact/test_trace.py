@@ -302,27 +302,6 @@ def test_parallel_results_share_a_qwen_turn_and_keep_their_own_elsewhere():
     assert text.count("<|im_start|>tool") == 2
 
 
-@every_layout
-def test_label_turn_takes_whatever_was_sampled(layout):
-    tokenizer = TOKENIZERS[layout]
-
-    def labels(text):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        labelled = label_turn(ids, tokenizer)
-        assert len(labelled) == len(ids)
-        return labelled
-
-    assert set(labels("<think>never closed <tool_call>{}</tool_call><|im_end|>")) == {REASONING}
-    assert set(labels("just an answer<|im_end|>")) == {ANSWER}
-    assert set(labels('<tool_call>{"name": "never closed"<|im_end|>')) == {TOOL_CALL}
-    both = labels("<think>a</think>Well <tool_call>{}</tool_call> bye<|im_end|>")
-    assert [value for value, after in pairwise([*both, -1]) if value != after] == [REASONING, ANSWER, TOOL_CALL, ANSWER]
-    assert labels("<think>a</think> <tool_call>{}</tool_call>\n<|im_end|>")[-1] == TOOL_CALL
-    assert label_turn([], tokenizer) == []
-    assert set(labels("<|im_end|>")) == {ANSWER}
-    assert label_turn([10**6], tokenizer) == [ANSWER]  # a padded model vocabulary has ids the tokenizer lacks
-
-
 @pytest.mark.parametrize(
     ("reasoning", "count"),
     [
@@ -440,6 +419,12 @@ FORGETFUL_TEMPLATE = (
 )
 
 
+# A training template that tells a tool's name as if it were its own words; a policy may call a tool "<|im_end|>".
+NAMING_TEMPLATE = TOKENIZERS["toybox"].chat_template.replace(
+    "<|im_start|>tool", '<|im_start|>tool " ~ message.name ~ "'
+)
+
+
 def unknown_layout(template):
     """A vocabulary of no known layout: ChatML tokens alone."""
     tokenizer = tiny_tokenizer("toybox", template)
@@ -454,6 +439,7 @@ def unknown_layout(template):
         (PLAIN_TEMPLATE, ["drops tools", "drops reasoning", "drops tool calls"]),
         (FORGETFUL_TEMPLATE, ["drops reasoning", "changes earlier turns"]),
         (FORGETFUL_TEMPLATE.replace(" and 'user' not in roles[loop.index:]", ""), ["does not mark where turns"]),
+        (NAMING_TEMPLATE, ["writes content outside marks.open and marks.close"]),
         (PLAIN_TEMPLATE + "{{ raise_exception('roles must alternate') }}", ["refuses", "roles must alternate"]),
     ],
 )
