@@ -6,7 +6,7 @@ READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
 .PHONY: setup train test sweep lint bench bfcl-gold gpu
 setup: $(READY)
-	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the ftrl environment needs it (Debian: apt-get install bubblewrap)"
+	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the environments ftrl, toolhop and bfcl need it (Debian: apt-get install bubblewrap)"
 
 # torch first, by its pin: a range would admit other builds.
 $(VENV)/.ready: pyproject.toml constraints.txt

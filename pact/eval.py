@@ -35,6 +35,7 @@ from pact.evaluate import (
     record_line,
     tabulate,
 )
+from pact.reporting import exit_code
 from pact.rollout import CallRules, Generator, RolloutLimits, Sampling
 from pact.trace import prepare_tokenizer
 from pact.trainer import check_vocabulary
@@ -391,18 +392,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`run` with errors as one line on stderr (a traceback with PACT_DEBUG=1); returns the exit code."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        if os.environ.get("PACT_DEBUG"):
-            raise
-        print(f"pact: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pact: interrupted; the same command continues after the last finished batch", file=sys.stderr)
-        return 130
-    return 0
+    """`run`, with the exit codes and one-line errors of ``pact.reporting.exit_code``."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code(lambda: run(arguments), "the same command continues after the last finished batch")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What a run shows: metrics.jsonl, curves.png, the progress bar, peak memory. It decides nothing."""
+"""What a run shows: metrics.jsonl, curves.png, the progress bar, peak memory, errors. It decides nothing."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,21 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     lines = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
     return next((int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:"), None)
+
+
+def exit_code(command: Callable[[], None], interrupted: str) -> int:
+    """Run ``command`` with errors as one line on stderr (a traceback with PACT_DEBUG=1).
+
+    Returns 0 when it is done, 2 for what the user can mend, 130 for an interrupt; ``interrupted`` says how to go on.
+    """
+    try:
+        command()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if os.environ.get("PACT_DEBUG"):
+            raise
+        print(f"pact: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"pact: interrupted; {interrupted}", file=sys.stderr)
+        return 130
+    return 0

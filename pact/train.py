@@ -33,7 +33,7 @@ from transformers.utils import logging
 from pact.arguments import SCRATCH, ModelArguments, PactTrainingArguments, RunSettings, as_dict, parse_settings
 from pact.envs import Environment, Task, make
 from pact.evaluate import EpisodeRecord, load_records, paired_improvement, save_records
-from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, peak_memory_bytes
+from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, exit_code, peak_memory_bytes
 from pact.samples import with_usable_trace
 from pact.scratch import new_model
 from pact.trace import prepare_tokenizer
@@ -276,18 +276,9 @@ def _summarise(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`run` with errors as one line on stderr (a traceback with PACT_DEBUG=1); returns the exit code."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        if os.environ.get("PACT_DEBUG"):
-            raise
-        print(f"pact: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pact: interrupted; continue from the last checkpoint with: pact train --resume", file=sys.stderr)
-        return 130
-    return 0
+    """`run`, with the exit codes and one-line errors of ``pact.reporting.exit_code``."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code(lambda: run(arguments), "continue from the last checkpoint with: pact train --resume")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ Reads the benchmark's items from Parquet or JSONL. It ships no data, and it neve
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pact.envs.base import Message, Score, Task, ToolSchema
-from pact.envs.items import default_workers, json_value, read_jsonl, read_rows, run_source
+from pact.envs.base import Message, Score, Task
+from pact.envs.items import SourceEpisode, default_workers, json_value, read_jsonl, read_rows, run_source
 from pact.messages import calls_of
 from pact.rewards import answer_f1, solve_metrics, strike
 from pact.sandbox import Sandbox, ToolResult
@@ -174,23 +174,8 @@ class Ftrl:
         return traces
 
 
-class FtrlEpisode:
-    """One attempt. Calls are independent of each other; the score is a function of the messages alone."""
-
-    def __init__(self, task: Task, execute: Callable[[str, dict[str, Any]], str]) -> None:
-        self._task, self._execute = task, execute
-
-    @property
-    def tools(self) -> list[ToolSchema]:
-        return self._task.tools
-
-    def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run the tool; any failure, an unknown name included, is a text `an error occured when call NAME: REASON`."""
-        return self._execute(name, arguments)
-
-    def user_turn(self) -> None:
-        """FTRL has one user message: the episode ends with the assistant's answer."""
-        return None
+class FtrlEpisode(SourceEpisode):
+    """One attempt; its score is a function of the messages alone."""
 
     def score(self, messages: list[Message]) -> Score:
         """FTRL's solve_p, solve_r, solve_f1; the reward is solve_f1.
@@ -215,9 +200,6 @@ class FtrlEpisode:
         expected, still_open = _count(item.unsolved), _count(unsolved)
         metrics = solve_metrics(expected - still_open, n_calls, expected)
         return Score(metrics["solve_f1"], turn_rewards, metrics)
-
-    def close(self) -> None:
-        """Nothing to release: the sandbox belongs to the environment."""
 
 
 def expert_from_calls(calls: Sequence[Mapping[str, Any]], results: Sequence[ToolResult], answer: str) -> list[Message]:

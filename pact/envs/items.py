@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pact.envs.base import Task, ToolSchema
 from pact.sandbox import Sandbox, ToolResult
 
 Row = dict[str, Any]
@@ -75,6 +76,28 @@ def run_source(
         reason = f"there is no tool of this name; the tools are {', '.join(codes) or 'none'}"
         return ToolResult(False, f"an error occured when call {name}: {reason}", reason)
     return sandbox.call(codes[name], name, arguments, timeout)
+
+
+class SourceEpisode:
+    """What the episodes of FTRL and ToolHop share: one user message, and calls that are independent of each other."""
+
+    def __init__(self, task: Task, execute: Callable[[str, dict[str, Any]], str]) -> None:
+        self._task, self._execute = task, execute
+
+    @property
+    def tools(self) -> list[ToolSchema]:
+        return self._task.tools
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """Run the tool; any failure, an unknown name included, is a text `an error occured when call NAME: REASON`."""
+        return self._execute(name, arguments)
+
+    def user_turn(self) -> None:
+        """There is one user message: the episode ends with the assistant's answer."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to release: the sandbox belongs to the environment."""
 
 
 def read_jsonl(path: Path, env: str) -> list[Row]:

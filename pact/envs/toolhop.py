@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from pact.envs.base import Message, Score, Task, ToolSchema
-from pact.envs.items import default_workers, json_value, read_rows, run_source
+from pact.envs.base import Message, Score, Task
+from pact.envs.items import SourceEpisode, default_workers, json_value, read_rows, run_source
 from pact.rewards import answer_verify
 from pact.sandbox import Sandbox
 
@@ -119,23 +119,12 @@ class ToolHop:
         self._sandbox.close()
 
 
-class ToolHopEpisode:
-    """One attempt. Calls are independent of each other; the score is a function of the messages alone."""
+class ToolHopEpisode(SourceEpisode):
+    """One attempt; its score is a function of the messages alone."""
 
     def __init__(self, task: Task, execute: Callable[[str, dict[str, Any]], str], scenario: Scenario) -> None:
-        self._task, self._execute, self._scenario = task, execute, scenario
-
-    @property
-    def tools(self) -> list[ToolSchema]:
-        return self._task.tools
-
-    def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run the tool; any failure, an unknown name included, is a text `an error occured when call NAME: REASON`."""
-        return self._execute(name, arguments)
-
-    def user_turn(self) -> None:
-        """ToolHop has one user message: the episode ends with the assistant's answer."""
-        return None
+        super().__init__(task, execute)
+        self._scenario = scenario
 
     def score(self, messages: list[Message]) -> Score:
         """``answer_correctness`` (the reward) and ``answer_correctness_strict``, each 0 or 1; 0 unless the last message
@@ -155,9 +144,6 @@ class ToolHopEpisode:
         text = f"{reasoning}\n{content}".strip()
         correct = bool(text) and (answer_verify(text, gold) or answer_verify(_observation_before(messages), gold))
         return _score(turns, correct, strictly_correct(content, gold))
-
-    def close(self) -> None:
-        """Nothing to release: the sandbox belongs to the environment."""
 
 
 def strictly_correct(content: str, gold: str) -> bool:
