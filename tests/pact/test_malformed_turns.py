@@ -15,6 +15,7 @@ from pact.tools import calls_of, parse_turn
 from pact.trace import Component, end_of_turn_id, render_observation
 
 OUTPUTS = 1_000
+SEED = 2606
 LIMITS = RolloutLimits(max_turns=5, max_turn_tokens=1 << 17, max_response_tokens=1 << 18, max_user_turn_steps=4)
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<|im_start|>"]
 JSON_PARTS = ["{", "}", "[", "]", ",", ":", '"', "\\", '"name"', '"arguments"', "null", "NaN", "1e999", "-0", "\\ud800"]
@@ -136,34 +137,41 @@ def env():
     return pact.envs.make("toybox", train=1, test=40)
 
 
-@pytest.mark.parametrize("seed", [16215])
+@pytest.fixture(scope="module")
+def outputs(env):
+    return malformed_outputs(env.tokenizer(), env.tasks("test")[0], SEED)
+
+
 @pytest.mark.parametrize("form", ["hermes", "json"])
-def test_a_thousand_malformed_outputs_are_parsed(env, form, seed):
+def test_a_thousand_malformed_outputs_are_parsed(env, outputs, form):
     tokenizer = env.tokenizer()
-    for kind, ids in malformed_outputs(tokenizer, env.tasks("test")[0], seed):
+    for kind, ids in outputs:
         text = tokenizer.decode(ids, skip_special_tokens=False)
         turn = parse_turn(text, form)
-        message = f"seed {seed}, {kind}: {text[:300]!r}"
+        message = f"seed {SEED}, {kind}: {text[:300]!r}"
         assert len(calls_of(turn.message)) == len(turn.message["tool_calls"]), message
         assert all(error.endswith(".") and len(error) < 400 for error in turn.errors), message
         assert len(json.dumps(turn.message)) < 7 * len(text) + 1_000, message
 
 
-@pytest.mark.parametrize("seed", [2606])
 @pytest.mark.parametrize("rules", [CallRules(), CallRules("json"), CallRules(malformed="skip")], ids=str)
-def test_a_thousand_malformed_outputs_are_played(env, rules, seed):
+def test_a_thousand_malformed_outputs_are_played(env, outputs, rules):
     tokenizer = env.tokenizer()
     tasks = env.tasks("test")
-    generator = Recorded([ids for _, ids in malformed_outputs(tokenizer, tasks[0], seed)])
+    generator = Recorded([ids for _, ids in outputs])
     trajectories = []
     while len(generator.emitted) < OUTPUTS:
-        done = run_rollouts(env, tasks, generator, tokenizer, n=4, limits=LIMITS, rules=rules)
+        try:
+            done = run_rollouts(env, tasks, generator, tokenizer, n=4, limits=LIMITS, rules=rules)
+        except Exception as error:
+            error.add_note(f"seed {SEED}, after output {len(generator.emitted) - 1}")
+            raise
         trajectories += [trajectory for group in done for trajectory in group]
     for number, trajectory in enumerate(trajectories):
         try:
             check_trajectory(trajectory, tokenizer)
         except Exception as error:
-            error.add_note(f"seed {seed}, episode {number}: {str(trajectory.messages)[:2_000]}")
+            error.add_note(f"seed {SEED}, episode {number}: {str(trajectory.messages)[:2_000]}")
             raise
     assert sum(len(trajectory.turns) for trajectory in trajectories) == len(generator.emitted)
     sampled = Counter(tuple(t.ids[start:end]) for t in trajectories for start, end in t.turns)
