@@ -32,10 +32,8 @@ ABSENT = {
 STEP_LIMIT = 21  # the released loop counts its 20 after a step, so that it makes one more
 NEW_TOOLS = "I have updated some more functions you can choose from. What about now?"  # the released words
 
-_NEEDS = ("bfcl_eval", "filelock", "mpmath", "numpy", "overrides", "rank_bm25")
-_INSTALL = (
-    f"pip install --no-deps bfcl-eval=={VERSION}, and pip install filelock 'mpmath<1.4' numpy overrides rank_bm25"
-)
+_NEEDS = ("bfcl_eval", "mpmath", "numpy", "overrides", "rank_bm25")
+_INSTALL = f"pip install --no-deps bfcl-eval=={VERSION}, and pip install 'mpmath<1.4' numpy overrides rank_bm25"
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,9 @@ class Bfcl:
     ) -> None:
         self.categories = _chosen(categories)
         self.averages = {
-            name: tuple(category for category in members if category in self.categories)
+            name: members
             for name, members in (("multi_turn", MULTI_TURN), ("memory", MEMORY))
-            if any(category in self.categories for category in members)
+            if set(members) <= set(self.categories)  # a part of them is not the published average
         }
         self.workers = workers or default_workers()
         options: Any = {
@@ -139,8 +137,8 @@ class Bfcl:
         return replace(task, messages=turns[0], data=replace(task.data, entry=entry))
 
     def keep(self, task: Task, artifact: Any) -> None:
-        """Remember what a conversation left in the memory."""
-        if artifact and "memory" in artifact:
+        """Remember what a conversation left in the memory; one whose memory could not be read leaves it as it was."""
+        if artifact and artifact.get("memory") is not None:
             self._memory[task.data.entry["category"], task.data.entry["scenario"]] = artifact["memory"]
 
     def gold(self, task: Task) -> list[list[dict[str, Any]]]:
@@ -189,8 +187,10 @@ class BfclEpisode:
         """``valid`` as released; the reward is ``valid``.
 
         Multi-turn: after every user turn the state equals the gold state and the gold outputs were all seen. An attempt
-        that did not get through all user turns (cut by a limit) is not valid. Turn rewards: each user turn is worth an
-        equal share when its check and all before it hold, on the last assistant turn that answers it.
+        that did not get through all user turns is not valid; a turn that the context or a token limit ended before its
+        answer counts as not played (the release fails such an entry), one of 21 steps as played (so does the release).
+        Turn rewards: each user turn is worth an equal share when its check and all before it hold, on the last
+        assistant turn that answers it.
 
         Memory: one of the possible answers stands in the last message, which calls nothing. Conversations that fill the
         memory score 0 and leave it in the artifact.
@@ -198,8 +198,10 @@ class BfclEpisode:
         ``artifact``: ``result``, the released form of the attempt, ``error_type`` and ``error`` of the checker.
         """
         turns = _user_turns(messages)
-        artifact: dict[str, Any] = {"result": [[_released_text(step) for step in steps] for steps in turns]}
         rewards = [0.0] * sum(map(len, turns))
+        if turns and messages[-1]["role"] != "assistant" and len(turns[-1]) < STEP_LIMIT:
+            turns.pop()
+        artifact: dict[str, Any] = {"result": [[_released_text(step) for step in steps] for steps in turns]}
         steps = float(len(rewards))
         if self._item.gold is None:
             left = self._env.run("snapshot", entry=self._item.entry, done=self._done)

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import types
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ for _name in (
     "tenacity",
 ):
     sys.modules[_name] = _Absent(_name)
+# The loaders lock the files they read. Here these are read-only, the process is alone, and the sandbox refuses locks.
+sys.modules["filelock"] = types.ModuleType("filelock")
+sys.modules["filelock"].FileLock = nullcontext  # type: ignore[attr-defined]
 
 from bfcl_eval.constants.enums import ModelStyle  # noqa: E402
 from bfcl_eval.constants.executable_backend_config import CLASS_FILE_PATH_MAPPING  # noqa: E402
@@ -86,8 +90,11 @@ def load(category: str) -> dict[str, Any]:
 
 def execute(entry: Entry, done: list[Call], call: Call) -> str:
     """What ``call`` returns after the calls ``done`` of the same episode."""
+    fault = _fault(_methods(entry), call)
+    if fault:
+        return f"Error during execution: {fault}"
     _prepare(entry)
-    return _run(entry, [*_strings(entry, done), *_strings(entry, [call])])[0][-1]
+    return _run(entry, _strings(entry, [*done, call]))[0][-1]
 
 
 def check(entry: Entry, turns: list[list[list[Call]]], gold: list[list[str]]) -> dict[str, Any]:
@@ -176,11 +183,16 @@ def _strings(entry: Entry, calls: list[Call]) -> list[str]:
     error that an unknown function gives.
     """
     methods = _methods(entry)
-    strings = []
-    for call in calls:
-        good = call["name"] in methods and all(name.isidentifier() for name in call["arguments"])
-        strings += convert_to_function_call([{call["name"]: call["arguments"]} if good else {"_undefined": {}}])
-    return strings
+    good = [{"_undefined": {}} if _fault(methods, call) else {call["name"]: call["arguments"]} for call in calls]
+    return convert_to_function_call(good)
+
+
+def _fault(methods: dict[str, Any], call: Call) -> str | None:
+    """Why a call may not reach ``eval``; of an unknown function in the words that ``eval`` would use."""
+    if call["name"] not in methods:
+        return f"name {call['name'][:80]!r} is not defined"
+    wrong = next((name for name in call["arguments"] if not name.isidentifier()), None)
+    return None if wrong is None else f"{wrong[:80]!r} cannot be the name of an argument"
 
 
 def _run(entry: Entry, strings: list[str]) -> tuple[list[str], dict[str, Any]]:
