@@ -334,7 +334,11 @@ def _command(limits: SandboxLimits, packages: dict[str, Path], preload: list[str
         )
     for name, path in packages.items():
         walls += ["--ro-bind", str(path), f"{_PACKAGES}/{name}"]
-    walls += ["--ro-bind", str(script), "/worker.py", "--dev", "/dev"]
+    for path in _other_packages():
+        walls += ["--tmpfs", str(path), "--remount-ro", str(path)]
+    walls += ["--ro-bind", str(script), "/worker.py", "--tmpfs", "/dev"]
+    for name in ("null", "zero", "full", "random", "urandom"):
+        walls += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     if _version(bwrap) >= (0, 7):
         walls += ["--size", str(limits.scratch_bytes), "--tmpfs", "/tmp"]
         config["scratch"] = "/tmp"
@@ -350,6 +354,14 @@ def _needed_paths(interpreter: Path) -> list[Path]:
     own += sorted(libraries.glob("*.so*")) if libraries.is_dir() else []
     system = [path for path in map(Path, ("/usr", "/lib", "/lib64")) if path.exists()]
     return system + [path for path in dict.fromkeys(own) if not path.is_relative_to("/usr")]
+
+
+def _other_packages() -> list[Path]:
+    """Folders of third-party packages below what is bound for the standard library."""
+    base = {"installed_base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    stdlib = Path(sysconfig.get_path("stdlib", vars=base)).resolve()
+    folders = [stdlib / "site-packages", stdlib / "dist-packages", Path("/usr/lib/python3/dist-packages")]
+    return [path for path in folders if path.is_dir()]
 
 
 def _version(bwrap: str) -> tuple[int, ...]:

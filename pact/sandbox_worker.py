@@ -12,6 +12,7 @@ import errno
 import gc
 import importlib
 import json
+import mmap
 import os
 import platform
 import random
@@ -22,12 +23,14 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any, NoReturn
 
 REQUEST = struct.Struct("!dI")  # wall-clock limit in seconds, bytes of JSON that follow
 REPLY = struct.Struct("!BI")  # status, bytes of UTF-8 text that follow
 OK, FAILED, TIMED_OUT, READY, BROKEN = range(5)
+STARTED = b"\1"  # the first byte a child writes: it has read its request
 
 _WATCH = 0.05  # seconds between two looks at what a call under way has left in /tmp
 _PROBE = "import os\ndef probe():\n    try:\n        os.fork()\n    except OSError:\n        return 'refused'\n"
@@ -54,6 +57,10 @@ _REFUSED = {
     "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7),
+    # modes, owners and times of files: the devices are the host's own, and ours where we are root; locks on others
+    "chmod": (90, 0), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, 0),
+    "fchown": (93, 55), "lchown": (94, 0), "fchownat": (260, 54), "utime": (132, 0), "utimes": (235, 0),
+    "futimesat": (261, 0), "utimensat": (280, 88), "flock": (73, 32),
     # memory that no limit counts
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "inotify_init": (253, 0), "inotify_init1": (294, 26),
     # namespaces and mounts
@@ -145,33 +152,36 @@ class Worker:
 
     def __init__(self, channel: socket.socket, config: dict[str, Any]) -> None:
         self.channel, self.config = channel, config
-        self._prefix = os.urandom(16).hex().encode()  # of names no tool can have guessed
+        # Requests and results pass by here without entering this process's heap, which every later call inherits: the
+        # child reads its request from the channel, and its result waits in pages that are dropped once it is sent.
+        self._room = mmap.mmap(-1, 1 + REPLY.size + config["output_bytes"] + 1, flags=mmap.MAP_PRIVATE)
         self.filter = SyscallFilter(network=not config["isolated"])
 
     def start(self) -> None:
         """Check the filter, leave nothing of the preparations behind, and say so; OSError: this worker cannot serve."""
-        probe = {"source": _PROBE, "name": "probe", "arguments": {}}
-        status, text = self.run(json.dumps(probe).encode(), 30.0)
+        probe = json.dumps({"source": _PROBE, "name": "probe", "arguments": {}}).encode()
+        status, text = self.run(lambda: probe, 30.0)
         if (status, text) != (OK, b"refused"):
-            raise OSError(f"its first call, which tries to fork, ended with: {text.decode('utf-8', 'replace')}")
+            raise OSError(f"its first call, which tries to fork, ended with: {bytes(text).decode('utf-8', 'replace')}")
         self._reply(READY, b"")
 
     def serve(self) -> None:
         while header := self._read(REQUEST.size):
             timeout, length = REQUEST.unpack(header)
-            self._reply(*self.run(self._read(length), timeout))
+            self._reply(*self.run(lambda: self._read(length), timeout))  # noqa: B023  (called at once)
 
-    def run(self, request: bytes, timeout: float) -> tuple[int, bytes]:
-        """Status and text of one call. A tool cannot outlive it, nor leave a file behind."""
+    def run(self, take: Callable[[], bytes], timeout: float) -> tuple[int, bytes | memoryview]:
+        """Status and text of one call, whose request the child gets from ``take``. A tool cannot outlive it, nor leave
+        a file behind."""
         deadline = time.monotonic() + timeout
         result_fd, child_fd = os.pipe()
         pid = os.fork()
         if pid == 0:
-            self._child(request, child_fd, timeout)
+            self._child(take, child_fd, timeout)
         os.close(child_fd)
-        stopped = None
+        stopped, size = None, 0
         try:
-            frame = self._collect(result_fd, deadline)
+            size = self._collect(result_fd, deadline)
         except Stopped as reason:
             stopped = reason
         finally:
@@ -179,16 +189,20 @@ class Worker:
             os.kill(pid, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         self._wipe_scratch()
+        if self._room[:1] != STARTED:
+            raise SystemExit  # part of the request may still be in the channel
         if stopped is not None:
             return stopped.status, stopped.text
-        status, length = REPLY.unpack(frame[: REPLY.size]) if len(frame) >= REPLY.size else (None, 0)
-        if status in (OK, FAILED) and len(frame) == REPLY.size + length:
-            return status, frame[REPLY.size :]
+        status, length = REPLY.unpack_from(self._room, 1) if size > REPLY.size else (None, 0)
+        if status in (OK, FAILED) and size == 1 + REPLY.size + length:
+            return status, memoryview(self._room)[1 + REPLY.size : size]
         how = f"was ended by signal {-code}" if code < 0 and code != -signal.SIGKILL else "ended without a result"
         return FAILED, f"the process of the call {how}".encode()
 
-    def _child(self, request: bytes, fd: int, timeout: float) -> NoReturn:
+    def _child(self, take: Callable[[], bytes], fd: int, timeout: float) -> NoReturn:
         try:
+            request = take()
+            os.write(fd, STARTED)
             status, text = FAILED, ""
             try:
                 self._restrict(fd, timeout)
@@ -228,13 +242,14 @@ class Worker:
             resource.setrlimit(kind, (value, value))
         self.filter.install()
 
-    def _collect(self, fd: int, deadline: float) -> bytes:
-        """What the child wrote until it closed the pipe, cut just over the limit; Stopped when its time is up."""
+    def _collect(self, fd: int, deadline: float) -> int:
+        """Read what the child writes into the room until it closes the pipe or is over the limit; returns how many
+        bytes it was. Stopped when its time is up."""
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         poller.register(self.channel, 0)  # a hang-up is reported unasked: nobody waits for the result any more
-        data = bytearray()
-        while len(data) <= REPLY.size + self.config["output_bytes"]:
+        size = 0
+        while size < len(self._room):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise Stopped(TIMED_OUT)
@@ -242,12 +257,13 @@ class Worker:
             if self.channel.fileno() in events:
                 raise SystemExit
             if fd in events:
-                chunk = os.read(fd, 1 << 16)
-                if not chunk:
+                with memoryview(self._room) as room, room[size:] as free:
+                    count = os.readv(fd, [free])
+                if not count:
                     break
-                data += chunk
+                size += count
             self._count_files()
-        return bytes(data)
+        return size
 
     def _count_files(self) -> None:
         # The kernel bounds the bytes of /tmp, not the number of files, and each costs it memory that no limit counts.
@@ -262,6 +278,7 @@ class Worker:
             return
         root = os.fsencode(self.config["scratch"])
         os.chmod(root, 0o700)
+        prefix = os.urandom(16).hex().encode()  # drawn after the tool has ended: it cannot have made such a name
         raised = 0
         while entries := list(os.scandir(root)):
             for entry in entries:
@@ -275,7 +292,7 @@ class Worker:
                         continue
                     # A folder inside comes to the top, so that no path is ever too long and no nesting too deep.
                     os.chmod(inner.path, 0o700)
-                    os.rename(inner.path, b"%s/%s-%d" % (root, self._prefix, raised))
+                    os.rename(inner.path, b"%s/%s-%d" % (root, prefix, raised))
                     raised += 1
                 os.rmdir(entry.path)
         os.utime(root, (0, 0))  # these would carry a message from call to call
@@ -289,8 +306,12 @@ class Worker:
             data += chunk
         return bytes(data)
 
-    def _reply(self, status: int, text: bytes) -> None:
-        self.channel.sendall(REPLY.pack(status, len(text)) + text)
+    def _reply(self, status: int, text: bytes | memoryview) -> None:
+        self.channel.sendall(REPLY.pack(status, len(text)))
+        self.channel.sendall(text)
+        if isinstance(text, memoryview):
+            text.release()
+        self._room.madvise(mmap.MADV_DONTNEED)  # private pages without a file read as zeros again
 
 
 class PackageFinder:

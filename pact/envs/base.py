@@ -75,7 +75,7 @@ class Episode(Protocol):
 class Environment(Protocol):
     """A source of tasks and the place where they are attempted.
 
-    It may also have ``workers`` (calls of different episodes that may run at once, from threads; 1 without it),
+    It may also have ``workers`` (calls and scores of different episodes that may run at once, from threads; else 1),
     ``eval_limits`` (its benchmark's own limits: keyword arguments of ``pact.rollout.RolloutLimits``) and ``averages``
     (row of the evaluation table -> the groups whose means it averages).
     """

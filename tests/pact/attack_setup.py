@@ -60,6 +60,7 @@ def probe():
         "worker": os.getppid(), "mask": os.umask(0), "host": os.uname().nodename, "path": sys.path,
         "handlers": [str(signal.getsignal(n)) for n in range(1, 32)], "blocked": sorted(signal.pthread_sigmask(0, [])),
         "dumps": json.dumps({"a": [1, None]}), "user": [os.getresuid(), os.getresgid()],
+        "devices": [(name, os.stat("/dev/" + name).st_mode) for name in sorted(os.listdir("/dev"))],
         "limit": sys.getrecursionlimit(), "flags": gc_state(),
     }
 def gc_state():

@@ -26,7 +26,7 @@ PROCESSES = {
     "system": ("return os.system('true')", "^(-1|32512)$"),
     "subprocess": ("import subprocess\nsubprocess.run(['/usr/bin/env'])", REFUSED),
     "multiprocessing": ("import multiprocessing as m\nm.get_context('fork').Process(target=print).start()", REFUSED),
-    "pty": ("os.forkpty()", REFUSED),
+    "pty": ("os.forkpty()", REFUSED + "|No such file"),
     "thread": ("import threading\nthreading.Thread(target=print).start()", "can't start new thread"),
     "thread pool": (
         "from concurrent.futures import ThreadPoolExecutor as Pool\nPool(64).submit(time.sleep, 60)",

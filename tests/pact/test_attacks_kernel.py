@@ -155,9 +155,8 @@ LEFT = {
     "deep folders": "for i in range(3000):\n    os.mkdir('x' * 9)\n    os.chdir('x' * 9)",
     "deep folders of long names": "for i in range(100):\n    os.mkdir('x' * 255)\n    os.chdir('x' * 255)",
     "wide and deep": "for i in range(50): os.makedirs('/tmp/' + '/'.join(f'{i}-{j}' for j in range(20)))",
-    "closed folders": "os.makedirs('/tmp/a/b/c')\nfor x in ('a/b/c', 'a/b', 'a'): os.chmod('/tmp/' + x, 0)",
-    "closed files": "open('/tmp/x', 'w').close()\nos.chmod('/tmp/x', 0)",
-    "closed /tmp": "open('/tmp/x', 'w').close()\nos.chmod('/tmp', 0)",
+    "closed folders": "os.umask(0)\nos.mkdir('/tmp/a')\nos.mkdir('/tmp/a/b', 0)\nos.mkdir('/tmp/c', 0)",
+    "closed files": "os.open('/tmp/x', os.O_CREAT | os.O_WRONLY, 0)",
     "names that are no text": (
         "for n in set(range(1, 256)) - {47}: open(b'/tmp/\\xff' + bytes([n, 10, 32]), 'w').close()"
     ),
@@ -173,14 +172,42 @@ LEFT = {
         "import mmap\nf = open('/tmp/x', 'wb+')\nf.truncate(1 << 20)\nkeep = mmap.mmap(f.fileno(), 0)\n"
         "keep[:] = bytes(1 << 20)"
     ),
-    "lock": (
-        "import fcntl\nkeep = open('/worker.py'), open('/tmp/x', 'w')\n"
-        "for file in keep: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    ),
+    "lock": "import fcntl\nkeep = open('/tmp/x', 'w')\nfcntl.lockf(keep, fcntl.LOCK_EX | fcntl.LOCK_NB)",
     "settings of the process": (
         "os.umask(0o777)\nos.chdir('/usr')\nos.environ['LEFT'] = '1'\ngc.disable()\nsignal.alarm(99)"
     ),
 }
+
+
+# Modes, owners and times: of the devices, which are the host's own files, of what is bound, and of /tmp.
+CHANGING = {
+    "mode": "os.chmod(given['path'], 0o600)",
+    "mode, by descriptor": "os.fchmod(os.open(given['path'], os.O_DIRECTORY * given['folder']), 0o600)",
+    "mode, by fchmodat2": "return syscall('fchmodat2', -100, given['path'].encode(), 0o600, 0)",
+    "owner": "os.chown(given['path'], os.getuid(), os.getgid())",
+    "times": "os.utime(given['path'], (1, 4242))",
+    "times, by descriptor": "os.utime(os.open(given['path'], os.O_DIRECTORY * given['folder']), (1, 4242))",
+    "an attribute": "os.setxattr(given['path'], 'user.x', b'1')",
+}
+PLACES = ("/dev/null", "/dev/full", "/dev/urandom", "/dev", "/usr/bin/env", "/worker.py", "/tmp")
+
+# What can be found of another call's request or result in the memory this one inherits.
+SEARCH = """
+step, vec = 4096, ctypes.c_ubyte()
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = ctypes.c_void_p
+libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+def mapped(place): return libc.mincore(place, step, ctypes.byref(vec)) == 0
+secret, own = b'OF-AN-' + b'EARLIER-CALL', ctypes.create_string_buffer(b'OF-THIS-' + given['mark'].encode(), 4000)
+counts = [0, 0]
+for middle in (libc.sbrk(0) - step, id(object()) & ~0xfff, ctypes.addressof(own) & ~0xfff):
+    low = high = middle
+    while mapped(low - step) and middle - low < 1 << 26: low -= step
+    while mapped(high) and high - middle < 1 << 26: high += step
+    seen = ctypes.string_at(low, high - low)
+    counts = [counts[0] + seen.count(secret + b'-SECRET'), counts[1] + seen.count(b'OF-THIS-' + b'CALL')]
+return counts[0], counts[1] > 0
+"""
 
 
 def cases(table):
@@ -264,6 +291,29 @@ def test_what_is_left_behind(watched, body):
 @cases(LEFT)
 def test_what_is_left_behind_by_a_call_that_is_killed(watched, body):
     watched.attack("os.chdir('/tmp')\n" + body + "\nwhile True: time.sleep(1)", TIMED_OUT, timeout=0.4)
+
+
+@pytest.mark.parametrize("path", PLACES)
+@cases(CHANGING)
+def test_no_mode_owner_or_time_changes(watched, path, body):
+    before = os.stat(path) if path not in ("/worker.py", "/tmp") else None
+    watched.attack(body, REFUSED + "|EPERM|Read-only|not supported", path=path, folder=int(path in ("/dev", "/tmp")))
+    if before is not None:
+        assert os.stat(path)[:7] == before[:7]
+        assert os.stat(path).st_mtime != 4242
+
+
+def test_the_next_call_does_not_inherit_what_was_said(watched):
+    """Neither arguments nor results go through the memory that calls are forked from."""
+    secret = "OF-AN-" + "EARLIER-CALL-" + "SECRET"
+    said = watched.sandbox.call("def tool(said): return said * 3", "tool", {"said": secret})
+    assert said.output == secret * 3
+    watched.attack(SEARCH, r"^\(0, True\)$", mark="CALL")
+
+
+def test_packages_of_the_host_are_not_there(watched):
+    body = "import sysconfig, glob\nreturn glob.glob('/usr/lib/python3/dist-packages/*') + "
+    watched.attack(body + "glob.glob(sysconfig.get_path('stdlib') + '/*-packages/*')", r"^\[\]$")
 
 
 def test_a_full_scratch_folder(watched):
