@@ -305,7 +305,7 @@ def test_no_mode_owner_or_time_changes(watched, path, body):
 
 def test_the_next_call_does_not_inherit_what_was_said(watched):
     """Neither arguments nor results go through the memory that calls are forked from."""
-    secret = "OF-AN-" + "EARLIER-CALL-" + "SECRET"
+    secret = ("OF-AN-" + "EARLIER-CALL-" + "SECRET") * 200
     said = watched.sandbox.call("def tool(said): return said * 3", "tool", {"said": secret})
     assert said.output == secret * 3
     watched.attack(SEARCH, r"^\(0, True\)$", mark="CALL")
