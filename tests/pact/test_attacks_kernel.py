@@ -198,15 +198,15 @@ libc = ctypes.CDLL(None)
 libc.sbrk.restype = ctypes.c_void_p
 libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 def mapped(place): return libc.mincore(place, step, ctypes.byref(vec)) == 0
-secret, own = b'OF-AN-' + b'EARLIER-CALL', ctypes.create_string_buffer(b'OF-THIS-' + given['mark'].encode(), 4000)
-counts = [0, 0]
-for middle in (libc.sbrk(0) - step, id(object()) & ~0xfff, ctypes.addressof(own) & ~0xfff):
-    low = high = middle
-    while mapped(low - step) and middle - low < 1 << 26: low -= step
-    while mapped(high) and high - middle < 1 << 26: high += step
-    seen = ctypes.string_at(low, high - low)
-    counts = [counts[0] + seen.count(secret + b'-SECRET'), counts[1] + seen.count(b'OF-THIS-' + b'CALL')]
-return counts[0], counts[1] > 0
+top = end = libc.sbrk(0)  # of the heap
+while mapped(end - step): end -= step
+low = id(object()) & ~0xfffff  # an arena of Python's objects: one MiB
+while not mapped(low): low += step
+high = low
+while mapped(high) and high & 0xfffff or high == low: high += step
+own = ['OF-THIS-' + given['mark'] + str(i) for i in range(9)]
+seen = ctypes.string_at(end, top - end) + ctypes.string_at(low, high - low)
+return seen.count(b'OF-AN-' + b'EARLIER-' + given['mark'].encode()), seen.count(b'OF-THIS-' + b'CALL') > 0
 """
 
 
@@ -305,7 +305,7 @@ def test_no_mode_owner_or_time_changes(watched, path, body):
 
 def test_the_next_call_does_not_inherit_what_was_said(watched):
     """Neither arguments nor results go through the memory that calls are forked from."""
-    secret = ("OF-AN-" + "EARLIER-CALL-" + "SECRET") * 200
+    secret = "OF-AN-EARLIER-CALL-" + "x9y8z7" * 4
     said = watched.sandbox.call("def tool(said): return said * 3", "tool", {"said": secret})
     assert said.output == secret * 3
     watched.attack(SEARCH, r"^\(0, True\)$", mark="CALL")
