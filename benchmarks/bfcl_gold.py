@@ -47,7 +47,9 @@ def measure(env: Bfcl, tasks: Sequence[Task], workers: int) -> list[dict[str, An
         begin = time.perf_counter()
         with ThreadPoolExecutor(workers) as pool:
             valid, dropped = (
-                sum(score.metrics["valid"] for score in pool.map(partial(play_gold, env, drop_last=drop), chosen))
+                sum(
+                    score.metrics["valid"] == 1.0 for score in pool.map(partial(play_gold, env, drop_last=drop), chosen)
+                )
                 for drop in (False, True)
             )
         seconds = round(time.perf_counter() - begin, 1)
@@ -66,7 +68,7 @@ def main() -> int:
         env.close()
     print(f"{'category':24} {'items':>6} {'gold valid':>11} {'last dropped':>13} {'seconds':>8}")
     for cell in cells:
-        print(f"{cell['category']:24} {cell['items']:6} {cell['gold']:11.0f} {cell['dropped']:13.0f} {cell['s']:8.1f}")
+        print(f"{cell['category']:24} {cell['items']:6} {cell['gold']:11} {cell['dropped']:13} {cell['s']:8.1f}")
     holds = all(cell["gold"] == cell["items"] and cell["dropped"] == 0 for cell in cells)
     print(f"written to {save('bfcl_gold', {'bfcl-eval': VERSION, 'cells': cells, 'holds': holds})}")
     return 0 if holds else 1

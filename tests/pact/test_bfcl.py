@@ -263,48 +263,63 @@ def test_what_a_conversation_stores_a_question_finds(tasks, category):
         env.close()
 
 
-READ_EXPORT = """
+RELEASED_RUNNER = """
 import json, sys, types
-def read(files):
+from pathlib import Path
+
+def verdicts(files):
     import bfcl_worker, overrides
+    for name in ("dotenv", "pandas", "tqdm"):  # not installed, and not used on this way
+        sys.modules[name] = bfcl_worker._Absent(name)
+    sys.modules["tqdm"].tqdm = lambda items, **_: items
     overrides.override = lambda method: method  # it would look for the methods of the base, which needs vendor SDKs
-    class OSSHandler: pass
-    stub = types.ModuleType("bfcl_eval.model_handler.local_inference.base_oss_handler")
-    stub.OSSHandler = OSSHandler
-    sys.modules[stub.__name__] = stub
+    base = types.ModuleType("bfcl_eval.model_handler.local_inference.base_oss_handler")
+    base.OSSHandler = object
+    sys.modules[base.__name__] = base
+    from bfcl_eval.eval_checker import eval_runner
     from bfcl_eval.model_handler.local_inference.qwen_fc import QwenFCHandler
-    from bfcl_eval.utils import extract_test_category, get_directory_structure_by_category
-    handler, verdicts = QwenFCHandler.__new__(QwenFCHandler), {}
-    for path, rows in files.items():
-        category = extract_test_category(path)
-        assert get_directory_structure_by_category(category) in path, path
-        data = bfcl_worker.load(category)
-        entries = {entry["id"]: entry for entry in data["entries"]}
-        for row in rows:
-            turns = [[handler.decode_execute(step, has_tool_call_tag=False) for step in turn] for turn in row["result"]]
-            turns = [[step for step in turn if step] for turn in turns]
-            gold = data["answers"][row["id"]]
-            verdict = len(turns) == len(gold) and bfcl_worker.multi_turn_checker(
-                turns, gold, entries[row["id"]], category, "export")["valid"]
-            verdicts[row["id"]] = bool(verdict)
-    return verdicts
+    eval_runner.get_handler = lambda name: QwenFCHandler.__new__(QwenFCHandler)
+    for leaderboard in ("update_leaderboard_table_with_local_score_file", "generate_leaderboard_csv"):
+        setattr(eval_runner, leaderboard, lambda *_: None)
+    root = Path("/tmp/official")
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    categories = [Path(name).name.removeprefix("BFCL_v4_").removesuffix("_result.json") for name in files]
+    eval_runner.runner(None, categories, root / "result", root / "score", allow_missing=True)
+    failed, valid = {}, 0
+    for path in (root / "score").rglob("*_score.json"):
+        header, *rows = map(json.loads, path.read_text().splitlines())
+        valid += header["correct_count"]
+        failed |= {row["id"]: row["error"]["error_type"] for row in rows}
+    return {"failed": failed, "valid": valid}
 """
 
 
-def test_exports_are_what_the_released_package_reads(env, tasks, tmp_path):
-    sample = [tasks[f"{category}_{n}"] for category in MULTI_TURN for n in (11, 2)]
-    played = play(env, sample, gold_script(env))
-    played |= play(env, [tasks["multi_turn_base_7"]], gold_script(env, drop_last=True))
-    records = played.values()
-    files = export_results([(record.id, record.artifact) for record in records], tmp_path, "Qwen/Qwen3-1.7B-FC")
+def test_the_released_runner_gives_exports_the_same_verdicts(env, tasks, tmp_path):
+    look = {"role": "assistant", "content": "", "tool_calls": [{"name": "pwd", "arguments": {}}]}
+    records = play(env, [tasks[f"{category}_{n}"] for category in MULTI_TURN for n in (11, 2)], gold_script(env))
+    records |= play(env, [tasks["multi_turn_base_7"]], gold_script(env, drop_last=True))
+    records |= play(env, [tasks["multi_turn_base_0"]], lambda task: [look] * STEP_LIMIT)
+    records |= play(env, [tasks["multi_turn_base_3"]], lambda task: script([[], [], [], []])[: len(task.data.gold)])
+    questions = [tasks[f"memory_kv_{n}-customer-{n}"] for n in (0, 1)]
+    texts = {questions[0].id: "Michael", questions[1].id: "I do not know"}
+    records |= play(env, questions, lambda task: [{"role": "assistant", "content": texts[task.id]}])
+    pairs = [(name, record.artifact) for name, record in records.items()]
+    files = export_results(pairs, tmp_path, "Qwen/Qwen3-1.7B-FC")
     base = tmp_path / "result" / "Qwen_Qwen3-1.7B-FC" / "multi_turn" / "BFCL_v4_multi_turn_base_result.json"
-    assert base in files
-    rows = {str(path): [json.loads(line) for line in path.read_text().splitlines()] for path in files}
-    assert [row["id"] for row in rows[str(base)]] == [f"multi_turn_base_{n}" for n in (2, 7, 11)]
+    ids = [json.loads(line)["id"] for line in base.read_text().splitlines()]
+    assert ids == [f"multi_turn_base_{n}" for n in (0, 2, 3, 7, 11)]
     with Sandbox(packages=bfcl._packages(), preload=["bfcl_worker"], memory_bytes=2 << 30) as sandbox:
-        result = sandbox.call(READ_EXPORT, "read", {"files": rows}, 60.0)
+        texts_of_files = {str(path.relative_to(tmp_path)): path.read_text() for path in files}
+        result = sandbox.call(RELEASED_RUNNER, "verdicts", {"files": texts_of_files}, 60.0)
     assert result.ok, result.error
-    assert json.loads(result.output) == {record.id: record.metrics["valid"] == 1.0 for record in records}
+    failed = {name: record.artifact["error_type"] for name, record in records.items() if not record.reward}
+    assert len(failed) == 4
+    assert json.loads(result.output) == {"failed": failed, "valid": len(records) - len(failed)}
+
+
+def test_exports_of_conversations_have_their_own_file(tmp_path):
     memory = export_results([("memory_kv_prereq_3-customer-3", {"result": []})], tmp_path, "m")
     assert memory == [tmp_path / "result/m/agentic/memory/kv/BFCL_v4_memory_kv_prereq_result.json"]
     with pytest.raises(ValueError, match="holds no BFCL result"):
