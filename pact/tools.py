@@ -46,7 +46,7 @@ def parse_turn(text: str, form: CallForm = "hermes") -> ParsedTurn:
     message = {
         "role": "assistant",
         "reasoning_content": reasoning.text,
-        "content": "".join(content).strip(),
+        "content": "\n".join(part for part in map(str.strip, content) if part),  # joined, they could spell a tag
         "tool_calls": [{"type": "function", "function": call} for call in calls],
     }
     return ParsedTurn(message, errors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from pact.envs.items import default_workers
 from pact.messages import calls_of
 from pact.sandbox import Sandbox, ToolResult
 
+logger = logging.getLogger(__name__)
+
 VERSION = "2026.3.23"
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 MEMORY = ("memory_kv", "memory_rec_sum")
@@ -29,6 +32,7 @@ ABSENT = {
     "web_search": "it searches the live web",
     "format_sensitivity": "it varies prompts of single-turn items, which are not played here",
 }
+LOST_LIMIT = 3  # calls of an episode that may run out of time before no more are executed
 STEP_LIMIT = 21  # the released loop counts its 20 after a step, so that it makes one more
 NEW_TOOLS = "I have updated some more functions you can choose from. What about now?"  # the released words
 
@@ -60,7 +64,7 @@ class Bfcl:
 
     Args:
         categories: names of categories, or "multi_turn", "memory", "all".
-        timeout: wall-clock limit of a tool call or a check, seconds.
+        timeout: wall-clock limit of a tool call, seconds; a check may take six times as long.
         workers: calls that may run at once, from threads; None: the number of cores, at most 8.
         unsafe_no_isolation: run bfcl-eval, which evaluates what the policy writes, without a sandbox (see
             ``pact.sandbox.Sandbox``).
@@ -81,7 +85,7 @@ class Bfcl:
         self,
         categories: str | Sequence[str] = MULTI_TURN,
         *,
-        timeout: float = 60.0,
+        timeout: float = 10.0,
         workers: int | None = None,
         unsafe_no_isolation: bool = False,
     ) -> None:
@@ -97,8 +101,9 @@ class Bfcl:
             "preload": ["bfcl_worker"],
             "unsafe_no_isolation": unsafe_no_isolation,
             "memory_bytes": 2 << 30,
+            "output_bytes": 1 << 26,  # entries with all their tools, memories
         }
-        with Sandbox(output_bytes=1 << 26, **options) as loader:
+        with Sandbox(**options) as loader:
             loaded = [_json(_call(loader, "load", {"category": name}, 120.0)) for name in self.categories]
         self._sandbox = Sandbox(workers=self.workers, **options)
         self._timeout = timeout
@@ -147,7 +152,8 @@ class Bfcl:
 
     def run(self, function: str, **arguments: Any) -> ToolResult:
         """Call a function of ``bfcl_worker`` in the sandbox."""
-        return _call(self._sandbox, function, arguments, self._timeout)
+        patience = 1 if function == "execute" else 6
+        return _call(self._sandbox, function, arguments, patience * self._timeout)
 
     def close(self) -> None:
         """End the sandbox's processes."""
@@ -162,14 +168,25 @@ class BfclEpisode:
         self._item: BfclItem = task.data
         self._env = env
         self._done: list[dict[str, Any]] = []
+        self._calls = 0
+        self._lost: set[int] = set()  # places of calls that did not end
         self._turn = 0
         self.tools = list(task.tools)
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """The observation of one call; a failing one reads `Error during execution: REASON`, the released wording."""
-        call = {"name": name, "arguments": arguments}
+        """The observation of one call; a failing one reads `Error during execution: REASON`, the released wording.
+
+        A call that runs out of time or breaks its process is undone: what follows, and the score, go on without it.
+        After ``LOST_LIMIT`` of them nothing is executed any more.
+        """
+        place, call = self._calls, {"name": name, "arguments": arguments}
+        self._calls += 1
+        if len(self._lost) >= LOST_LIMIT:
+            self._lost.add(place)
+            return "Error during execution: too many calls ran out of time; no more are executed"
         result = self._env.run("execute", entry=self._item.entry, done=self._done, call=call)
-        if not result.ok:  # it took too long, or broke the process: what follows goes on without it
+        if not result.ok:
+            self._lost.add(place)
             return f"Error during execution: {result.error}"
         self._done.append(call)
         return result.output
@@ -187,10 +204,10 @@ class BfclEpisode:
         """``valid`` as released; the reward is ``valid``.
 
         Multi-turn: after every user turn the state equals the gold state and the gold outputs were all seen. An attempt
-        that did not get through all user turns is not valid; a turn that the context or a token limit ended before its
-        answer counts as not played (the release fails such an entry), one of 21 steps as played (so does the release).
-        Turn rewards: each user turn is worth an equal share when its check and all before it hold, on the last
-        assistant turn that answers it.
+        that did not get through all user turns is not valid; a turn that the context ended before its answer counts as
+        not played (the release fails such an entry), one of 21 steps as played (so does the release). Turn rewards:
+        each user turn is worth an equal share when its check and all before it hold, on the last assistant turn that
+        answers it.
 
         Memory: one of the possible answers stands in the last message, which calls nothing. Conversations that fill the
         memory score 0 and leave it in the artifact.
@@ -205,7 +222,10 @@ class BfclEpisode:
         steps = float(len(rewards))
         if self._item.gold is None:
             left = self._env.run("snapshot", entry=self._item.entry, done=self._done)
-            return Score(0.0, rewards, {"steps": steps}, artifact | {"memory": _json(left) if left.ok else None})
+            if not left.ok:
+                logger.warning(f"bfcl: the memory after {self._item.entry['id']} is lost: {left.error}")
+            artifact |= {"memory": _json(left) if left.ok else None, "error": left.error}
+            return Score(0.0, rewards, {"steps": steps}, artifact)
         if "scenario" in self._item.entry:
             verdict = self._answered(messages)
             rewards[-1:] = [float(verdict["valid"])] * bool(rewards)
@@ -224,9 +244,17 @@ class BfclEpisode:
         """Nothing to release: the sandbox belongs to the environment."""
 
     def _checked(self, turns: list[list[Message]]) -> dict[str, Any]:
+        """The checker's verdict on the calls that were executed."""
         gold = self._item.gold or []
-        calls = [[calls_of(step) for step in steps] for steps in turns]
-        result = self._env.run("check", entry=self._item.entry, turns=calls, gold=gold)
+        calls: list[list[list[dict[str, Any]]]] = []
+        place = 0
+        for steps in turns:
+            calls.append([])
+            for step in steps:
+                made = list(enumerate(calls_of(step), start=place))
+                place += len(made)
+                calls[-1].append([call for number, call in made if number not in self._lost])
+        result = self._run_check("check", entry=self._item.entry, turns=calls, gold=gold)
         if not result.ok:
             return {"valid": False, "held": [False] * len(turns), "error_type": "check_failed", "error": result.error}
         verdict = _json(result)
@@ -235,11 +263,19 @@ class BfclEpisode:
         return verdict | {"valid": len(turns) == len(gold) and all(verdict["held"])}
 
     def _answered(self, messages: list[Message]) -> dict[str, Any]:
-        last = messages[-1] if messages else {"role": "none"}
-        if last["role"] != "assistant" or calls_of(last):
+        if not messages or messages[-1]["role"] != "assistant" or calls_of(messages[-1]):
             return {"valid": False, "error_type": "agentic:no_last_message"}
-        result = self._env.run("answered", text=last.get("content") or "", answers=self._item.gold)
+        text = messages[-1].get("content") or ""
+        result = self._run_check("answered", text=text, answers=self._item.gold)
         return _json(result) if result.ok else {"valid": False, "error_type": "check_failed", "error": result.error}
+
+    def _run_check(self, function: str, **arguments: Any) -> ToolResult:
+        result = self._env.run(function, **arguments)
+        if not result.ok:
+            logger.warning(
+                f"bfcl: the check of {self._item.entry['id']} failed, it counts as not valid: {result.error}"
+            )
+        return result
 
 
 def _chosen(categories: str | Sequence[str]) -> tuple[str, ...]:
@@ -323,4 +359,5 @@ def _user_turns(messages: list[Message]) -> list[list[Message]]:
 def _released_text(message: Message) -> str:
     """One step as the released Qwen handlers store it: prose, then calls in ``<tool_call>`` blocks."""
     blocks = [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls_of(message)]
-    return "\n".join([text for text in [message.get("content")] if text] + blocks)
+    prose = (message.get("content") or "").replace("<tool_call>", "<tool_call >")  # it called nothing
+    return "\n".join(([prose] if prose else []) + blocks)

@@ -204,7 +204,7 @@ low = id(object()) & ~0xfffff  # an arena of Python's objects: one MiB
 while not mapped(low): low += step
 high = low
 while mapped(high) and high & 0xfffff or high == low: high += step
-own = ['OF-THIS-' + given['mark'] + str(i) for i in range(9)]
+own = ('OF-THIS-' + given['mark']).encode() * 200
 seen = ctypes.string_at(end, top - end) + ctypes.string_at(low, high - low)
 return seen.count(b'OF-AN-' + b'EARLIER-' + given['mark'].encode()), seen.count(b'OF-THIS-' + b'CALL') > 0
 """

@@ -13,7 +13,7 @@ from pact.envs.bfcl_export import export_results
 from pact.envs.toybox_text import build_tokenizer
 from pact.evaluate import Play, evaluate_in_batches
 from pact.rollout import RolloutLimits
-from pact.sandbox import Sandbox
+from pact.sandbox import Sandbox, ToolResult
 
 SAMPLE = 5  # items of each category; all 800: make bfcl-gold
 
@@ -358,16 +358,73 @@ def test_nothing_of_the_package_is_imported_here():
     assert not (Path(find_spec("bfcl_eval").origin).parents[1] / "result").exists()
 
 
-def test_a_call_out_of_time_is_an_error_and_the_attempt_goes_on(tasks):
-    env = Bfcl("multi_turn_base", workers=1, timeout=30.0)
-    try:
-        task = env.tasks("test")[0]
-        episode = env.start(task)
-        env._timeout = 1e-3
-        assert episode.call("ls", {}).startswith("Error during execution: ")
-        lost = episode.score([{"role": "assistant", "content": "Done."}])
-        assert (lost.reward, lost.artifact["error_type"]) == (0.0, "check_failed")
-        env._timeout = 30.0
-        assert "document" in episode.call("ls", {})
-    finally:
-        env.close()
+def test_a_lost_call_is_undone_and_the_attempt_goes_on(env, tasks, monkeypatch):
+    task = tasks["multi_turn_base_15"]
+    gold = env.gold(task)
+    run, slow = env.run, {"name": "logarithm", "arguments": {"value": 10, "base": 2, "precision": 10**8}}
+
+    def lose(function, **arguments):
+        if arguments.get("call") == slow:
+            return ToolResult(False, "", "timed out after 10 seconds")
+        assert slow not in arguments.get("done", [])
+        return run(function, **arguments)
+
+    monkeypatch.setattr(env, "run", lose)
+    attempt = script(gold)
+    attempt.insert(1, {"role": "assistant", "content": "", "tool_calls": [slow]})
+    [record] = play(env, [task], lambda task: attempt).values()
+    assert record.metrics["valid"] == 1.0
+    assert "timed out" in str(record.messages)
+    episode = env.start(task)
+    for _ in range(bfcl.LOST_LIMIT):
+        assert "timed out" in episode.call(**slow)
+    assert "no more are executed" in episode.call("pwd", {})
+
+
+def test_a_check_that_fails_is_said_and_not_valid(env, tasks, monkeypatch, caplog):
+    episode = env.start(tasks["multi_turn_base_0"])
+    monkeypatch.setattr(env, "run", lambda *_, **__: ToolResult(False, "", "timed out after 60 seconds"))
+    score = episode.score([{"role": "assistant", "content": "Done."}])
+    assert (score.reward, score.artifact["error_type"]) == (0.0, "check_failed")
+    assert "the check of multi_turn_base_0 failed" in caplog.text
+
+
+def test_an_empty_last_turn_must_be_answered(env, tasks):
+    """Its gold calls nothing there, but without an answer it was not played."""
+    task = tasks["multi_turn_miss_param_167"]
+    gold = env.gold(task)
+    assert not gold[-1]
+    messages = []
+    for message in script(gold):
+        messages += [message] + [{"role": "user", "content": "next"}] * (message["content"] == "Done.")
+    assert env.start(task).score(messages[:-1]).metrics["valid"] == 1.0
+    missing = env.start(task).score(messages[:-2])
+    assert (missing.metrics["valid"], missing.artifact["error_type"]) == (0.0, "multi_turn:force_terminated")
+
+
+def test_all_steps_of_the_last_turn_count_as_played(env, tasks):
+    """As in the release: it stops there, and looks at the state."""
+    task = tasks["multi_turn_base_0"]
+    look = {"role": "assistant", "content": "", "tool_calls": [{"name": "pwd", "arguments": {}}]}
+    *says, _ = script(env.gold(task))
+    [record] = play(env, [task], lambda task: says + [look] * STEP_LIMIT).values()
+    assert (record.stop_reason, record.metrics["valid"]) == ("turn_limit", 1.0)
+
+
+def test_a_lost_memory_stays_as_it_was(env, tasks, monkeypatch, caplog):
+    task = tasks["memory_rec_sum_prereq_0-customer-0"]
+    monkeypatch.setattr(env, "_memory", {("memory_rec_sum", "customer"): {"memory": "kept"}})
+    monkeypatch.setattr(env, "run", lambda *_, **__: ToolResult(False, "", "its output is too long"))
+    score = env.start(task).score([{"role": "assistant", "content": "Noted."}])
+    env.keep(task, score.artifact)
+    assert env._memory["memory_rec_sum", "customer"] == {"memory": "kept"}
+    assert "is lost: its output is too long" in caplog.text
+
+
+def test_prose_is_exported_as_prose():
+    said = {
+        "role": "assistant",
+        "content": '<tool_call>\n{"name": "rm"}',
+        "tool_calls": [{"name": "ls", "arguments": {}}],
+    }
+    assert bfcl._released_text(said).count("<tool_call>") == 1

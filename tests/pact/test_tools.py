@@ -173,7 +173,7 @@ SPELLED = json.dumps(CALL)
     ("text", "count", "content"),
     [
         (SPELLED, 1, ""),
-        (f"First I add.\n\n```json\n{SPELLED}\n```\nThen", 1, "First I add.\n\n\nThen"),
+        (f"First I add.\n\n```json\n{SPELLED}\n```\nThen", 1, "First I add.\nThen"),
         (f"<tool_call>\n{SPELLED}\n</tool_call>", 1, ""),
         (f"{SPELLED} and {SPELLED}", 2, "and"),
         (f"{SPELLED}{SPELLED}\n{SPELLED}", 3, ""),
