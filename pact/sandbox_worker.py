@@ -32,6 +32,7 @@ REPLY = struct.Struct("!BI")  # status, bytes of UTF-8 text that follow
 OK, FAILED, TIMED_OUT, READY, BROKEN = range(5)
 STARTED = b"\1"  # the first byte a child writes: it has read its request
 
+_READING = 4.0  # seconds a child may take to start and read its request
 _WATCH = 0.05  # seconds between two looks at what a call under way has left in /tmp
 _PROBE = "import os\ndef probe():\n    try:\n        os.fork()\n    except OSError:\n        return 'refused'\n"
 
@@ -173,7 +174,6 @@ class Worker:
     def run(self, take: Callable[[], bytes], timeout: float) -> tuple[int, bytes | memoryview]:
         """Status and text of one call, whose request the child gets from ``take``. A tool cannot outlive it, nor leave
         a file behind."""
-        deadline = time.monotonic() + timeout
         result_fd, child_fd = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -181,7 +181,7 @@ class Worker:
         os.close(child_fd)
         stopped, size = None, 0
         try:
-            size = self._collect(result_fd, deadline)
+            size = self._collect(result_fd, timeout)
         except Stopped as reason:
             stopped = reason
         finally:
@@ -242,13 +242,13 @@ class Worker:
             resource.setrlimit(kind, (value, value))
         self.filter.install()
 
-    def _collect(self, fd: int, deadline: float) -> int:
+    def _collect(self, fd: int, timeout: float) -> int:
         """Read what the child writes into the room until it closes the pipe or is over the limit; returns how many
-        bytes it was. Stopped when its time is up."""
+        bytes it was. Stopped when its time is up, which runs from when it has its request."""
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         poller.register(self.channel, 0)  # a hang-up is reported unasked: nobody waits for the result any more
-        size = 0
+        size, deadline = 0, time.monotonic() + _READING
         while size < len(self._room):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -261,6 +261,8 @@ class Worker:
                     count = os.readv(fd, [free])
                 if not count:
                     break
+                if not size:
+                    deadline = time.monotonic() + timeout
                 size += count
             self._count_files()
         return size
