@@ -225,7 +225,11 @@ def read_settings(path: Path, known: set[str], below: tuple[Path, ...] = ()) -> 
         return values
     if not isinstance(parent, str):
         raise ValueError(f"{path}: extends must be the path of one YAML file, not {parent!r}")
-    return read_settings(path.parent / parent, known, (*below, path.resolve())) | values
+    inherited = read_settings(path.parent / parent, known, (*below, path.resolve()))
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(inherited.get(key), dict):
+            values[key] = inherited[key] | value  # env_options, model_config: one by one, as flags do
+    return inherited | values
 
 
 def parse_settings(argv: Sequence[str], *files: Path) -> RunSettings:

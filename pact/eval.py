@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -97,6 +98,10 @@ class EvalArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}, set it to at least 1")
         if self.export_bfcl and self.env != "bfcl":
             raise ValueError(f"export_bfcl writes results of the environment bfcl, not of {self.env}: leave it out")
+        if self.env in ("ftrl", "toolhop") and not (self.data or dict(self.env_options).get("path")):
+            raise ValueError(f"{self.env} needs its items: give --data FILE, or a dataset's folder or hub id")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, set it to 0 or above")
         self.sampling  # noqa: B018 (checks the values)
 
     @property
@@ -166,8 +171,15 @@ class Results:
         self._settings = settings
 
     def begin(self) -> None:
-        """Make the folder and write down the settings."""
+        """Make the folder and write down the settings; from here on no other process may write there."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / SETTINGS_FILE).with_suffix(".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except OSError:
+            raise ValueError(
+                f"another evaluation is writing to {self.folder}: wait, or choose another output"
+            ) from None
         _write(self.folder / SETTINGS_FILE, json.dumps(self._settings, indent=2) + "\n")
 
     def append(self, records: Sequence[EpisodeRecord]) -> None:
@@ -216,13 +228,20 @@ def settings_of(args: EvalArguments, limits: RolloutLimits, tasks: Sequence[Task
             values[key] = str(Path(values[key]).resolve())
     items = hashlib.sha256()
     for task in tasks:
-        items.update(json.dumps([task.id, task.group, task.messages, task.tools, task.answer]).encode())
+        data = asdict(task.data) if is_dataclass(task.data) and not isinstance(task.data, type) else None
+        seen = [task.id, task.group, task.messages, task.tools, task.answer]
+        items.update(json.dumps([*seen, data], sort_keys=True, default=_plain).encode())
     model = hashlib.sha256()
     source = Path(str(args.model).removeprefix(REPLAY))
     for path in sorted(source.iterdir()) if source.is_dir() else [source] * source.is_file():
         if path.suffix in _MODEL_SUFFIXES:
             model.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
-    return values | asdict(limits) | {"items": items.hexdigest()[:16], "model_files": model.hexdigest()[:16]}
+    own = {"items": items.hexdigest()[:16], "n_items": len(tasks), "model_files": model.hexdigest()[:16]}
+    return values | asdict(limits) | own | {"pact": __version__}
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else type(value).__name__
 
 
 def load_agent(
@@ -356,15 +375,20 @@ def compare(before: Path, after: Path) -> str:
         if not (folder / SETTINGS_FILE).is_file():
             raise ValueError(f"{folder} is not the output of an evaluation: there is no {SETTINGS_FILE}")
         settings.append(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
-    if settings[0]["items"] != settings[1]["items"]:
+    both = [read_episodes(folder / EPISODES_FILE) for folder in (before, after)]
+    for folder, values, records in zip((before, after), settings, both):
+        if len(records) != values.get("n_items"):
+            there = f"{len(records)} of {values.get('n_items', 'an unknown number of')} episodes"
+            raise ValueError(f"{folder} has {there}: finish it with the command it was begun with")
+    if settings[0].get("items") != settings[1].get("items"):
         raise ValueError(
             f"{before} and {after} were evaluated on different items: compare runs on the same data and limit"
         )
-    table = tabulate(differences(*(read_episodes(folder / EPISODES_FILE) for folder in (before, after))))
+    table = tabulate(differences(*both))
     different = [
         f"{key} {_short(settings[0].get(key))} and {_short(value)}"
         for key, value in settings[1].items()
-        if settings[0].get(key) != value and key != "model_files"
+        if settings[0].get(key) != value and (key != "model_files" or settings[0].get("model") == settings[1]["model"])
     ]
     return (
         f"# {after} minus {before}\n\n{markdown(table)}\nMean difference and 95% bootstrap interval over paired items. "

@@ -48,6 +48,11 @@ def strike(unsolved: dict[str, list[str]], name: str, observation: str) -> bool:
     return False
 
 
+def failed(observation: str) -> bool:
+    """Whether an observation is the error of a call, in FTRL's wording."""
+    return observation.startswith("an error occured when call")
+
+
 def solve_metrics(solved: int, calls: int, expected: int) -> dict[str, float]:
     """FTRL's metrics of one item: Solve-P = s/c (1 without calls), Solve-R = s/u, Solve-F1 = 2s/(c+u).
 
@@ -291,7 +296,8 @@ class Reward:
 
     def missing(self, gold: Gold) -> list[str]:
         """Which fields of ``gold`` this reward needs and does not find."""
-        return [field for field in _NEEDS[self.name] if getattr(gold, field) is None]
+        found = {"calls": gold.calls, "answer": gold.answer, "expected": any((gold.expected or {}).values()) or None}
+        return [field for field in _NEEDS[self.name] if found[field] is None]
 
     def of(self, turns: Sequence[Turn], gold: Gold, own: tuple[float, Sequence[float]]) -> tuple[float, list[float]]:
         """(reward, turn rewards) of one episode.
@@ -301,6 +307,8 @@ class Reward:
             own: reward and turn rewards of the environment.
         """
         reward, turn_rewards = own[0], list(own[1])
+        if not turns:
+            raise ValueError("an episode without turns earns nothing: rewards are of episodes that were sampled")
         if self.name == "solve_f1":
             reward, turn_rewards = _solve_f1(turns, gold)
         elif self.name == "matchtir":
@@ -345,7 +353,9 @@ def _solve_f1(turns: Sequence[Turn], gold: Gold) -> tuple[float, list[float]]:
     total = still_open = sum(map(len, unsolved.values()))
     steps = []
     for turn in turns:
-        struck = sum(strike(unsolved, call["name"], seen) for call, seen in zip(turn.calls, turn.observations))
+        # An error may quote the answer out of the call's own arguments: in training that must not pay.
+        ended = [(call, seen) for call, seen in zip(turn.calls, turn.observations) if not failed(seen)]
+        struck = sum(strike(unsolved, call["name"], seen) for call, seen in ended)
         rate = 1 - still_open / total
         steps.append(solve_f1_reward(struck, len(turn.calls), still_open, turn.text, gold.answer or "", rate))
         still_open -= struck

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pact import advantages
-from pact.call_text import CallForm
+from pact.call_text import CallForm, find_reasoning
 from pact.envs import Score, Task
 from pact.messages import Message, calls_of, check_messages, check_trace
 from pact.objective import Group, PactConfig, Rollout
@@ -132,9 +132,8 @@ def _turns(episode: Trajectory, tokenizer: PreTrainedTokenizerBase, form: CallFo
         ids = episode.ids[start:end]
         finished = ids[-1:] == [stop]
         sampled = str(tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False))
-        reasoning, closed, text = sampled.partition("</think>")
-        if not closed:
-            text = reasoning.partition("<think>")[0]
+        spoken = find_reasoning(sampled)
+        text = sampled[spoken.start : spoken.end]
         sound = finished and sampled.count("</think>") == 1 and not parse_turn(sampled, form).errors
         turns.append(Turn(text, calls, seen, sound))
     return turns

@@ -135,9 +135,20 @@ def read_scripts(path: Path) -> dict[str, list[Message]]:
     return scripts
 
 
+def _opens_with_thought(message: Message) -> bool:
+    return (message.get("content") or "").lstrip().startswith("<think>")
+
+
 def _script(place: str, row: dict[str, Any]) -> list[Message]:
     messages, calls = row.get("messages"), row.get("calls")
     if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        said = [message for message in messages if message.get("role") == "assistant"]
+        unread = any(message.get("role") == "tool" and message.get("name") == "error" for message in messages)
+        if unread or any(message.get("cut") or _opens_with_thought(message) for message in said):
+            raise ValueError(
+                f"{place}: a turn of this episode was cut or could not be read whole, so its messages do not hold what "
+                "was sampled: take the line out"
+            )
         return messages
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"{place}: neither messages nor calls, each a list of objects; a script needs one of them")

@@ -6,7 +6,7 @@ Reads the benchmark's items from Parquet or JSONL. It ships no data, and it neve
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 from pact.envs.base import Message, Score, Task
 from pact.envs.items import SourceEpisode, default_workers, json_value, read_jsonl, read_rows, run_source
-from pact.messages import calls_of
-from pact.rewards import answer_f1, solve_metrics, strike
+from pact.messages import calls_of, check_messages
+from pact.rewards import answer_f1, failed, solve_metrics, strike
 from pact.sandbox import Sandbox, ToolResult
+from pact.tools import validate_tools
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class Ftrl:
         traces: a JSONL file as above; "ground_truth": that column, which must be there; None: that column if it is.
         timeout: wall-clock limit of one tool call, seconds.
         workers: tool calls that may run at once, from threads; None: the number of cores, at most 8.
+        strict: a call that fails cannot strike an expected answer. The release lets it, and its error may quote the
+            answer out of the call's own arguments: for training, not for published numbers.
         unsafe_no_isolation: run the tools without a sandbox (see ``pact.sandbox.Sandbox``).
 
     Raises:
@@ -71,9 +74,10 @@ class Ftrl:
         traces: str | Path | None = None,
         timeout: float = 10.0,
         workers: int | None = None,
+        strict: bool = False,
         unsafe_no_isolation: bool = False,
     ) -> None:
-        self._timeout = timeout
+        self._timeout, self._strict = timeout, strict
         rows = read_rows(path, "ftrl", _REQUIRED, _JSON_TEXT)
         self.path = Path(path)
         self._tasks = [_task(self._place(index), index, row) for index, row in enumerate(rows)]
@@ -113,7 +117,7 @@ class Ftrl:
 
     def start(self, task: Task) -> FtrlEpisode:
         """One attempt at ``task``."""
-        return FtrlEpisode(task, lambda name, arguments: self._execute(task.data, name, arguments).output)
+        return FtrlEpisode(task, self._strict, lambda name, arguments: self._execute(task.data, name, arguments).output)
 
     def close(self) -> None:
         """End the sandbox's processes."""
@@ -177,6 +181,10 @@ class Ftrl:
 class FtrlEpisode(SourceEpisode):
     """One attempt; its score is a function of the messages alone."""
 
+    def __init__(self, task: Task, strict: bool, execute: Callable[[str, dict[str, Any]], str]) -> None:
+        super().__init__(task, execute)
+        self._strict = strict
+
     def score(self, messages: list[Message]) -> Score:
         """FTRL's solve_p, solve_r, solve_f1; the reward is solve_f1.
 
@@ -193,7 +201,9 @@ class FtrlEpisode(SourceEpisode):
                 continue
             calls = calls_of(message)
             struck = [
-                strike(unsolved, name, observation) for name, observation in _answered(calls, messages[index + 1 :])
+                strike(unsolved, name, observation)
+                for name, observation in _answered(calls, messages[index + 1 :])
+                if not (self._strict and failed(observation))
             ]
             n_calls += len(calls)
             turn_rewards.append(sum(struck) / len(calls) if calls else answer_f1(message["content"] or "", item.answer))
@@ -220,7 +230,7 @@ def expert_from_calls(calls: Sequence[Mapping[str, Any]], results: Sequence[Tool
         if observation is None:
             observation = result.output
         else:
-            ok = not observation.startswith("an error occured when call")
+            ok = not failed(observation)
         function = {"name": name, "arguments": arguments}
         turn: Message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
         if call.get("reasoning"):
@@ -260,6 +270,14 @@ def _task(place: str, index: int, row: dict[str, Any]) -> Task:
         raise ValueError(f"{place}: tools must be a JSON list and codes a JSON object")
     if not isinstance(unsolved, dict) or not all(isinstance(answers, list) for answers in unsolved.values()):
         raise ValueError(f"{place}: unsolved_set must be a JSON object of lists of expected answers")
+    texts = [*codes.values(), *(answer for answers in unsolved.values() for answer in answers)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{place}: sources in codes and expected answers in unsolved_set must be text")
+    try:
+        check_messages(messages, "prompt")
+        validate_tools(tools)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
     if _count(unsolved) == 0:
         raise ValueError(f"{place}: unsolved_set has no expected answer, so no attempt can be scored; drop the row")
     item = FtrlItem(codes, unsolved, row["answer"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -24,7 +24,6 @@ Scenario = Literal["free", "mandatory", "direct"]
 _REQUIRED = ("question", "answer", "tools", "functions")
 _NESTED = ("tools", "functions")
 _DEFINED = re.compile(r"^(?:async )?def (\w+)", re.MULTILINE)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 # The released prompts (bytedance-research/ToolHop, Apache-2.0), word for word, its slip "nswer" included.
 _FORMS = """If the {final}answer is a date, format is as follows: YYYY-MM-DD (ISO standard)
@@ -142,7 +141,8 @@ class ToolHopEpisode(SourceEpisode):
         gold, last = self._task.data.answer, messages[-1]
         reasoning, content = last.get("reasoning_content") or "", last.get("content") or ""
         text = f"{reasoning}\n{content}".strip()
-        correct = bool(text) and (answer_verify(text, gold) or answer_verify(_observation_before(messages), gold))
+        seen = _observation_before(messages, self._task.data.codes)
+        correct = bool(text) and (answer_verify(text, gold) or answer_verify(seen, gold))
         return _score(turns, correct, strictly_correct(content, gold))
 
 
@@ -151,12 +151,13 @@ def strictly_correct(content: str, gold: str) -> bool:
     (the last turn without its reasoning).
 
     Every part of ``gold``, split at ', ', must stand there as whole words or numbers, without regard to case and
-    commas: "1" is not in "12", "1.5", "-1" or "b1".
+    commas: "1" is not in "12", "1.5", "-1", "1/2", "11:1" or "b1".
     """
-    tagged = _ANSWER.findall(content)
-    text = (tagged[-1] if tagged else content).lower().replace(",", "")
+    start, end = content.rfind("<answer>"), content.rfind("</answer>")
+    text = content[start + len("<answer>") : end] if 0 <= start < end else content
+    text = text.lower().replace(",", "")
     parts = [part.lower().replace(",", "").strip() for part in gold.split(", ")]
-    return all(re.search(rf"(?<![\w-])(?<!\w\.){re.escape(part)}(?![\w-]|\.\w)", text) for part in parts)
+    return all(re.search(rf"(?<![\w\-−.'])(?<!\d[/:]){re.escape(part)}(?![\w\-−]|[./:]\w)", text) for part in parts)
 
 
 def _score(turns: int, correct: bool, strict: bool) -> Score:
@@ -167,11 +168,11 @@ def _score(turns: int, correct: bool, strict: bool) -> Score:
     return Score(float(correct), rewards, metrics)
 
 
-def _observation_before(messages: list[Message]) -> str:
-    """What the last tool said right before the last message. The loop's own complaint about a call it could not read
-    ("error") is no tool's word: it may quote the model, and numbers stand in it by chance."""
+def _observation_before(messages: list[Message], codes: Collection[str]) -> str:
+    """What the last tool said right before the last message. Complaints about a call that could not be read, or about a
+    tool that there is not, are no tool's words: they quote the model, and numbers stand in them by chance."""
     before = messages[-2] if len(messages) > 1 else {}
-    return before["content"] if before.get("role") == "tool" and before.get("name") != "error" else ""
+    return before["content"] if before.get("role") == "tool" and before.get("name") in codes else ""
 
 
 def _without_source(task: Task) -> bool:

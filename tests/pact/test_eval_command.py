@@ -1,5 +1,6 @@
 """pact eval: whole evaluations of replayed scripts and of a tiny model, resume, comparison, one-line errors."""
 
+import fcntl
 import json
 import sys
 from types import SimpleNamespace
@@ -315,4 +316,40 @@ def test_help(capsys):
         cli.main(["eval", "--help"])
     assert stop.value.code == 0
     assert "--malformed_calls" in capsys.readouterr().out
-    assert EvalArguments("ftrl", "m", "o").temperature == 0.0
+    assert EvalArguments("toybox", "m", "o").temperature == 0.0
+
+
+def test_other_answers_in_the_same_file_are_another_evaluation(folder, capsys):
+    """What scores the episodes counts as much as what the policy sees."""
+    assert run() == 0
+    path = folder / "items.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["unsolved_set"] = json.dumps({name: ["elsewhere"] for name in json.loads(rows[0]["unsolved_set"])})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run() == 2
+    assert "items" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_an_output(folder, capsys):
+    assert run() == 0
+    (folder / "out" / "episodes.jsonl").unlink()
+    with (folder / "out" / "settings.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert run() == 2
+    assert "is writing to out: wait" in capsys.readouterr().err
+
+
+def test_what_was_not_sampled_as_it_stands_is_not_replayed(folder, capsys):
+    for message in ({"content": "a", "cut": True}, {"content": "<think>more"}, {"role": "tool", "name": "error"}):
+        record = {"id": "ftrl/0", "messages": [{"role": "assistant", "content": "", **message}]}
+        write_jsonl(folder / "scripts.jsonl", [record])
+        assert run() == 2
+        assert "do not hold what was sampled" in capsys.readouterr().err
+
+
+def test_an_unfinished_evaluation_is_not_compared(folder, capsys):
+    assert run() == 0
+    path = folder / "out" / "episodes.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    assert cli.main(["eval", "--compare", "out", "out"]) == 2
+    assert "has 3 of 5 episodes" in capsys.readouterr().err

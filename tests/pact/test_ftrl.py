@@ -340,3 +340,35 @@ def test_the_scripted_calls_of_the_real_items_score_one():
                 assert episode.score.metrics == {"solve_p": 1.0, "solve_r": 1.0, "solve_f1": wanted}
                 assert env.start(task).score(task.expert).reward == 1.0
     env.close()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_error_that_quotes_the_answer_strikes_unless_strict(tmp_path, strict):
+    env = make(
+        "ftrl", path=write_jsonl(tmp_path / "items.jsonl", [item(split="test", ground_truth=...)]), strict=strict
+    )
+    task = env.tasks("test")[0]
+    [(name, [answer, *_]), *_] = task.data.unsolved.items()
+    episode = env.start(task)
+    observation = episode.call(name, {answer: 1})
+    assert answer in observation
+    call = {"type": "function", "function": {"name": name, "arguments": {answer: 1}}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    score = episode.score([*messages, {"role": "tool", "name": name, "content": observation}])
+    assert (score.metrics["solve_r"] > 0) is not strict
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("unsolved_set", {"city_of": [5]}, "must be text"),
+        ("codes", {"city_of": 5}, "must be text"),
+        ("tools", [{"name": "city_of"}], "tool 0"),
+        ("messages", [{"role": "user"}], "content"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_at_once(tmp_path, column, value, said):
+    row = item() | {column: value if column == "messages" else json.dumps(value)}
+    with pytest.raises(ValueError, match=f"row 0.*{said}"):
+        make("ftrl", path=write_jsonl(tmp_path / "items.jsonl", [row]))

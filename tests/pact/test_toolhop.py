@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pact.envs import make
-from pact.envs.base import Environment, Episode
-from pact.envs.toolhop import ToolHop, prompt, strictly_correct
+from pact.envs.base import Environment, Episode, Task
+from pact.envs.toolhop import ToolHop, ToolHopEpisode, ToolHopItem, prompt, strictly_correct
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "toolhop_70.jsonl"
 
@@ -213,7 +213,7 @@ def test_gold_calls_of_the_real_items_give_the_answers():
         episode, messages = env.start(task), []
         for call in row["gold_calls"]:
             name, arguments = parse_call(call, task.data.codes)
-            messages += [says("", name), tool(episode.call(name, arguments))]
+            messages += [says("", name), tool(episode.call(name, arguments), name)]
         reproduced.append(episode.score([*messages, says("done")]).reward)
         assert episode.score([says("done")]).reward == 0.0
     env.close()
@@ -228,3 +228,15 @@ def parse_call(text, codes):
     given = dict(zip([argument.arg for argument in function.args.args], call.args))
     given |= {keyword.arg: keyword.value for keyword in call.keywords}
     return name, {key: ast.literal_eval(value) for key, value in given.items()}
+
+
+def test_a_call_of_no_tool_earns_nothing_by_its_error():
+    """Its error quotes the call's name and the names of the tools: numbers may stand in it by chance."""
+    codes = {"size_10": "def size_10():\n    return 7\n"}
+    task = Task("toolhop/0", [], [], data=ToolHopItem(codes, "10"), answer="10", group="free")
+    episode = ToolHopEpisode(task, lambda name, arguments: "", "free")
+    error = "an error occured when call 1 2 10: there is no tool of this name; the tools are size_10"
+    messages = [says("", "1 2 10"), {"role": "tool", "name": "1 2 10", "content": error}, says("no idea")]
+    assert episode.score(messages).reward == 0.0
+    messages[1] = {"role": "tool", "name": "size_10", "content": "10"}
+    assert episode.score(messages).reward == 1.0
