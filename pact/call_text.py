@@ -17,6 +17,7 @@ CallForm = Literal["hermes", "json"]
 
 MAX_CALLS = 128  # calls of one turn, good and bad
 MAX_JSON_VALUES = 1_000  # in the text of one turn, calls or not, that the "json" form looks at
+MAX_STRAY_CHARS = 1_000  # of broken JSON that is looked at once more, for a call inside it
 MAX_CALL_CHARS = 1 << 16  # of the JSON of one call (of one list of calls)
 MAX_NAME_CHARS = 256
 MAX_NUMBER_CHARS = 1_000  # int() of a million digits takes seconds
@@ -145,7 +146,7 @@ def _json_spans(text: str, start: int) -> Iterator[CallSpan]:
         if reading.too_deep:  # nobody can say where it ends
             yield _rest(text, begin, _unread(_TOO_DEEP))
             return
-        # What was read once is not read again, so that hostile text costs no more than plain text.
+        # What was read once is not read again (but for a little), so that hostile text costs no more than plain text.
         at = max(reading.end, begin + 1)
         if reading.complete:
             entries = _entries(reading.value)
@@ -158,6 +159,8 @@ def _json_spans(text: str, start: int) -> Iterator[CallSpan]:
             fault = _unread(f"it is not valid JSON ({reading.fault})")
             yield CallSpan(_fence(text, start, begin), at, (), (fault,))
             start = at
+        elif reading.size <= MAX_STRAY_CHARS:
+            at = begin + 1  # a stray quote may have taken the beginning of a call for its end
 
 
 _OPENING = re.compile(r'\{\s*"|\[\s*\{\s*"')

@@ -349,3 +349,9 @@ def test_calls_of_takes_flat_entries_and_no_calls():
     assert calls_of({"tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]}) == [{"name": "f", "arguments": {"a": 1}}]
     with pytest.raises(ValueError, match="tool call 0 has no name"):
         calls_of({"tool_calls": [{"function": {"arguments": {}}}]})
+
+
+def test_a_call_after_a_stray_quote_is_found():
+    turn = parse_turn('Say {"x and then {"name": "pwd", "arguments": {}}', "json")
+    assert calls_of(turn.message) == [{"name": "pwd", "arguments": {}}]
+    assert turn.errors == []
