@@ -117,7 +117,11 @@ class Ftrl:
 
     def start(self, task: Task) -> FtrlEpisode:
         """One attempt at ``task``."""
-        return FtrlEpisode(task, self._strict, lambda name, arguments: self._execute(task.data, name, arguments).output)
+
+        def execute(name: str, arguments: dict[str, Any]) -> str:
+            return self._execute(task.data, name, arguments).output
+
+        return FtrlEpisode(task, execute, self._strict)
 
     def close(self) -> None:
         """End the sandbox's processes."""
@@ -181,7 +185,7 @@ class Ftrl:
 class FtrlEpisode(SourceEpisode):
     """One attempt; its score is a function of the messages alone."""
 
-    def __init__(self, task: Task, strict: bool, execute: Callable[[str, dict[str, Any]], str]) -> None:
+    def __init__(self, task: Task, execute: Callable[[str, dict[str, Any]], str], strict: bool = False) -> None:
         super().__init__(task, execute)
         self._strict = strict
 

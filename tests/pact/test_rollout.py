@@ -223,7 +223,7 @@ def test_malformed_calls_may_be_skipped_as_the_released_evaluations_do(tokenizer
 def test_calls_as_json_in_the_text(tokenizer):
     text = '<think>Add.</think>I call {"name": "add", "arguments": {"a": 0, "b": 2}} now'
     [[trajectory]], _ = roll(tokenizer, [text, "2"], rules=CallRules(form="json"))
-    assert [m["content"] for m in trajectory.messages] == ["I call  now", "2", "2"]
+    assert [m["content"] for m in trajectory.messages] == ["I call\nnow", "2", "2"]
     check_record(trajectory, tokenizer)
     labelled = [token for token, kind in zip(trajectory.ids, trajectory.component) if kind == Component.TOOL_CALL]
     assert tokenizer.decode(labelled).strip() == '{"name": "add", "arguments": {"a": 0, "b": 2}}'
