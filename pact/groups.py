@@ -148,6 +148,8 @@ class Rollout:
             the KL reference; not read where ``sampled`` is 0. ``PactObjective.attach_logprobs`` fills them.
             ``old_logp=None``: on-policy, the ratio is exactly 1.
         component: a ``Component`` a token, for metrics only; None: not told apart.
+        correction: factor of each token's weight, the truncated importance weight where the engine that sampled and the
+            trainer differ (``pact.correction``); not read where ``sampled`` is 0. None: 1.
     """
 
     ids: list[int]
@@ -156,6 +158,7 @@ class Rollout:
     old_logp: dict[str, list[float]] | None = None
     ref_logp: dict[str, list[float]] | None = None
     component: list[int] | None = None
+    correction: list[float] | None = None
 
 
 @dataclass
@@ -287,6 +290,7 @@ def _check_rollout(rollout: Rollout, where: str) -> None:
         "sampled": rollout.sampled,
         "advantage": rollout.advantage,
         "component": rollout.component,
+        "correction": rollout.correction,
     }
     for name in ("old_logp", "ref_logp"):
         for branch, values in (getattr(rollout, name) or {}).items():

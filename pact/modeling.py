@@ -5,13 +5,17 @@ Patches no model and computes no loss. A model that a tree would get wrong is re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -25,13 +29,14 @@ _HARMLESS = {"is_causal", "position_ids", "position_embeddings", "use_cache", "c
 _LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
 
 
-@dataclass
 class _TreePass:
-    """One forward of a tree by a backend of ``tree_attention``, and how many attention layers have seen it."""
+    """One forward of a tree by a backend of ``tree_attention``, and how many attention layers have seen it.
 
-    tree: PrefixTree
-    backend: str
-    n_calls: int = 0
+    No dataclass: FSDP copies dataclasses among the arguments of a layer, and each layer would count on its own copy.
+    """
+
+    def __init__(self, tree: PrefixTree, backend: str) -> None:
+        self.tree, self.backend, self.n_calls = tree, backend, 0
 
 
 # Set while a tree's forward runs. Recomputation under activation checkpointing comes later, in backward: it finds the
@@ -153,12 +158,7 @@ def lm_head(model: nn.Module) -> Head:
         ValueError: a head that both scales and caps its logits.
     """
     lm = causal_lm(model)
-    head = lm.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-        raise TypeError(
-            f"the LM head of {type(lm).__name__} is a {type(head).__name__}, not a plain linear layer; "
-            "leave it out of the adapter or quantisation"
-        )
+    head = _linear_head(lm)
     config = lm.config.get_text_config(decoder=True)
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = 1.0
@@ -169,6 +169,21 @@ def lm_head(model: nn.Module) -> Head:
             f"the LM head of {type(lm).__name__} scales and caps its logits; only one of them is supported"
         )
     return Head(head.weight, head.bias, softcap, scale)
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the LM head, also where its weight is sharded. Raises TypeError as ``lm_head``."""
+    return _linear_head(causal_lm(model)).out_features
+
+
+def _linear_head(lm: PreTrainedModel) -> nn.Linear:
+    head = lm.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise TypeError(
+            f"the LM head of {type(lm).__name__} is a {type(head).__name__}, not a plain linear layer; "
+            "leave it out of the adapter or quantisation"
+        )
+    return head
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -187,9 +202,76 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise TypeError(
             f"expected a transformers causal LM or a PEFT model around one, got {type(model).__name__}; "
-            "under a wrapper (DDP, FSDP, DeepSpeed) call this inside the wrapped module's forward"
+            "under a wrapper (DDP, DeepSpeed) call this within the wrapper's forward, as inside_forward does"
         )
     return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers or PEFT model inside the wrappers of DDP, DeepSpeed and torch.compile."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def inside_forward(model: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    """``compute()``, run within the forward of ``model``, where DDP, FSDP2 and DeepSpeed have their hooks.
+
+    A model without such hooks is not called at all. Backward must start from the tensor returned here.
+    """
+    inner = unwrapped(model)
+    if model is inner and not isinstance(model, FSDPModule):
+        return compute()
+    with _forward_replaced(inner, compute):
+        return model()
+
+
+def inside_head(model: nn.Module, hidden: Tensor, compute: Callable[[Tensor, Head], Tensor]) -> Tensor:
+    """``compute(hidden, head)``, run within the forward of the LM head: its weight is whole there even if sharded."""
+    module = causal_lm(model).get_output_embeddings()
+    with _forward_replaced(module, lambda rows: compute(rows, lm_head(model))):
+        return module(hidden)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, compute: Callable[..., Tensor]) -> Iterator[None]:
+    """``compute`` in the place of ``module.forward`` for the next call; within that call the old one is back."""
+    own = module.__dict__.get("forward")
+
+    def put_back() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = own
+
+    def once(*args: Any, **kwargs: Any) -> Tensor:
+        put_back()
+        return compute(*args, **kwargs)
+
+    module.forward = once
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where ``model`` computes; its parameters may be kept elsewhere (FSDP2 with CPU offload)."""
+    parameter = next(unwrapped(model).parameters())
+    if isinstance(parameter, DTensor):
+        kind = parameter.device_mesh.device_type
+        return torch.device(kind, 0 if kind == "cpu" else torch.accelerator.current_device_index())
+    return parameter.device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode (no dropout), and back in its own after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _decoder(lm: PreTrainedModel) -> nn.Module:

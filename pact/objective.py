@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +29,19 @@ from pact.groups import (
     supervised_components,
     term_weights,
 )
-from pact.layout import ForwardPlan, Path, Trees, plan_forwards, terms_of
+from pact.layout import Column, ForwardPlan, Path, Trees, plan_forwards, terms_of
 from pact.metrics import add_metrics, flatten_metrics
-from pact.modeling import Head, attach_tree_attention, dense_hidden, lm_head, tree_hidden
+from pact.modeling import (
+    Head,
+    attach_tree_attention,
+    compute_device,
+    dense_hidden,
+    inside_forward,
+    inside_head,
+    tree_hidden,
+    unwrapped,
+    vocabulary_size,
+)
 from pact.schedules import check_progress, linear, reasoning_weights
 from pact.trace import Component
 from pact_kernels import CoTrainResult, PrefixTree, TokenTerms, cotrain_loss, linear_cotrain_loss, linear_logprob
@@ -70,25 +80,40 @@ class PactObjective:
 
     The trees it made last are kept (up to 2^18 tokens), with what attention planned for them: the same sequences come
     back when old and then reference log-probs are computed, and in several optimiser steps on the same groups.
+
+    Args:
+        config: the settings.
+        forwards: for sharded weights, where every forward is work of all processes: takes the number of forwards that
+            this process needs and returns the number that all of them make (the largest). What is missing here is made
+            up with ``idle`` forwards; scoring no groups at all is then allowed. None: each process goes its own way.
     """
 
-    def __init__(self, config: PactConfig | None = None) -> None:
+    def __init__(self, config: PactConfig | None = None, forwards: Callable[[int], int] | None = None) -> None:
         self.config = config or PactConfig()
+        self.forwards = forwards
         self._trees = Trees()
 
     def denominators(self, groups: Sequence[Group]) -> Denominators:
         """Z and Z_sft of ``groups``. Add them over accumulation steps and processes, then hand the sum to ``build``."""
         return count_denominators(groups, self.config)
 
-    def assign_branches(self, groups: Sequence[Group], generator: torch.Generator | None = None) -> None:
+    def assign_branches(
+        self,
+        groups: Sequence[Group],
+        generator: torch.Generator | None = None,
+        places: Sequence[int] | None = None,
+    ) -> None:
         """Fix the branch of every group that has none (``anchor_mode="sample"``), for all steps on this rollout batch.
 
-        One number is drawn a group, so a group's branch does not depend on what the others hold. In mixture mode both
-        branches are computed and nothing is assigned.
+        One number is drawn a group, so a group's branch does not depend on what the others hold. ``places``: which of
+        the generator's numbers belongs to each group (None: in order), so that processes that hold parts of one batch
+        draw what a single one would. In mixture mode both branches are computed and nothing is assigned.
         """
         if self.config.anchor_mode == "mixture":
             return
-        for group, draw in zip(groups, torch.rand(len(groups), generator=generator, dtype=torch.float64).tolist()):
+        places = range(len(groups)) if places is None else places
+        draws = torch.rand(max(places, default=-1) + 1, generator=generator, dtype=torch.float64).tolist()
+        for group, draw in zip(groups, (draws[place] for place in places), strict=True):
             if group.branch is None:
                 (group.branch,) = branch_weights(group, self.config, draw)
 
@@ -146,21 +171,28 @@ class PactObjective:
         """The batch's share of ``L``, differentiable, and its metrics (sums; see `flatten_metrics`).
 
         Args:
-            model: a transformers causal LM. Its attention is switched to the tree attention on first use.
+            model: a transformers causal LM, also within DDP, FSDP2 or DeepSpeed. Its attention is switched to the tree
+                attention on first use.
             batch: one of those that ``build`` returned; moved to the model's device.
 
         Raises:
             ValueError: token ids outside the model's vocabulary, positions beyond its context.
         """
-        hidden = self._hidden(model, batch.plan)
-        result = self._head_loss(hidden, lm_head(model), batch)
+        inner = unwrapped(model)
+        results: list[CoTrainResult] = []
+
+        def of_head(hidden: Tensor, head: Head) -> Tensor:
+            results.append(self._head_loss(hidden, head, batch))
+            return results[0].loss
+
+        loss = inside_forward(model, lambda: inside_head(inner, self._hidden(inner, batch.plan), of_head))
         absent = {"kl": batch.terms.ref_logp is None, "entropy": not batch.entropy}
-        metrics = {name: value for name, value in result.metrics.items() if not absent.get(name, False)}
+        metrics = {name: value for name, value in results[0].metrics.items() if not absent.get(name, False)}
         if batch.entropy:
             metrics["entropy_tokens"] = metrics["tokens"]  # not every batch computes it
         for name, value in batch.counts.items():
-            metrics[name] = torch.tensor(value, dtype=torch.float64, device=hidden.device)
-        return CoTrainResult(result.loss, metrics)
+            metrics[name] = torch.tensor(value, dtype=torch.float64, device=loss.device)
+        return CoTrainResult(loss, metrics)
 
     def _head_loss(self, hidden: Tensor, head: Head, batch: CoTrainBatch) -> CoTrainResult:
         """The loss of the last hidden states: fused, or in two steps where weights follow from the log-probs."""
@@ -183,6 +215,29 @@ class PactObjective:
         terms = replace(terms, weight=torch.where(terms.kind == SFT, terms.weight * phi, terms.weight))
         return cotrain_loss(out.logp, terms, entropy=out.entropy, **options, backend=config.head_backend)
 
+    def idle(self, made: int) -> list[CoTrainBatch]:
+        """Batches without weight for the forwards, after ``made`` of its own, that other processes still make."""
+        return self.nothing(0 if self.forwards is None else self.forwards(made) - made)
+
+    def nothing(self, count: int) -> list[CoTrainBatch]:
+        """``count`` batches of one token and weight 0: loss 0, gradients 0."""
+        one = np.ones(1, np.int64)
+        path = Path(0 * one, one, 0 * one, {"kind": SFT, "branch": PROMPT_BRANCH, "weight": 0.0, "component": 0})
+        plans = plan_forwards([[path]] if count else [], None, self._trees if self.config.one_pass else None)
+        return [CoTrainBatch(plan, terms_of(plan), {}, entropy=False) for plan in plans] * count
+
+    def tokens_of(self, group: Group) -> int:
+        """Tokens that a step on ``group`` computes: what processes are balanced by."""
+        branches = [group.branch or TRACE] if can_take_trace(group, self.config) else [PROMPT]
+        if self.config.anchor_mode == "mixture" and can_take_trace(group, self.config):
+            branches = [PROMPT, TRACE]
+        paths = [_rollout_path(_prefix(group, b), r) for b in branches for r in acting_rollouts(group)]
+        if group.trace is not None and self.config.sft_coef > 0:
+            trace = _trace_path(group, np.isin(group.trace.component, _PRODUCED))
+            paths += [trace] if trace is not None else []
+        plans = plan_forwards([paths], None, self._trees if self.config.one_pass else None) if paths else []
+        return sum(plan.unique_tokens for plan in plans)
+
     @torch.no_grad()
     def attach_logprobs(
         self,
@@ -202,7 +257,8 @@ class PactObjective:
         forced = None if branches is None else list(branches)
         if forced is not None and not {PROMPT, TRACE}.issuperset(forced):
             raise ValueError(f"branches={forced!r} must be among prompt, trace")
-        check_groups(groups, self.config)
+        if groups or self.forwards is None:
+            check_groups(groups, self.config)
         paths: list[list[Path]] = []
         owners: list[list[tuple[Rollout, str]]] = []
         for group in groups:
@@ -223,7 +279,8 @@ class PactObjective:
         ``bound`` = log pi(tau|x) + log pi(y|x,tau) beside log pi(y|x), over the tokens that the policy produces.
         Groups without trace and context, or whose trace does not fit, are left out; {} if none is left.
         """
-        check_groups(groups, self.config)
+        if groups or self.forwards is None:
+            check_groups(groups, self.config)
         paths: list[list[Path]] = []
         for group in groups:
             acting = acting_rollouts(group)
@@ -234,7 +291,7 @@ class PactObjective:
                 continue
             contexts = [_prefix(group, branch) for branch in (PROMPT, TRACE)]
             paths.append([trace, *(_rollout_path(prefix, rollout) for prefix in contexts for rollout in acting)])
-        if not paths:
+        if not paths and self.forwards is None:
             return {}
         sums = [np.zeros(len(group_paths)) for group_paths in paths]
         for g, p, logp in self._score(model, paths):
@@ -243,6 +300,8 @@ class PactObjective:
         for of_group in sums:
             alone, given_trace = np.split(of_group[1:], 2)
             rows += [(of_group[0], *pair) for pair in zip(alone, given_trace)]
+        if not rows:
+            return {}
         trace_mean, alone_mean, given_mean = np.mean(rows, axis=0).tolist()
         return {
             "latent/logp_trace": trace_mean,
@@ -263,10 +322,13 @@ class PactObjective:
                 if z <= 0:
                     raise ValueError(f"denominators.rl={z} but {where} has sampled tokens: sum it over the whole step")
                 path = _rollout_path(prefix, rollout)
+                weight: Column = term_weight * share / (z * len(path.at) if config.loss_norm == "sequence" else z)
+                if rollout.correction is not None:
+                    weight = weight * _sampled(rollout.correction, rollout)
                 path.columns = {
                     "kind": RL,
                     "branch": _BRANCH_ID[branch],
-                    "weight": term_weight * share / (z * len(path.at) if config.loss_norm == "sequence" else z),
+                    "weight": weight,
                     "advantage": _sampled(rollout.advantage, rollout),
                     "component": 0 if rollout.component is None else _sampled(rollout.component, rollout),
                 }
@@ -316,10 +378,20 @@ class PactObjective:
 
     def _score(self, model: nn.Module, paths: Sequence[Sequence[Path]]) -> Iterator[tuple[int, int, NDArray]]:
         """(group, path, log-probs of the path's targets) for every path, tree by tree."""
-        for plan in plan_forwards(paths, self.config.token_budget, self._trees if self.config.one_pass else None):
-            hidden = self._hidden(model, plan)
-            head = lm_head(model)
-            logp = linear_logprob(
+        plans = plan_forwards(paths, self.config.token_budget, self._trees if self.config.one_pass else None)
+        for plan in plans:
+            logp = self._logprobs(model, plan)
+            for (g, p), values in zip(plan.members, plan.per_path(logp)):
+                yield g, p, values
+        for batch in self.idle(len(plans)):
+            self._logprobs(model, batch.plan)
+
+    def _logprobs(self, model: nn.Module, plan: ForwardPlan) -> Tensor:
+        """Log-probs [N] of the plan's targets."""
+        inner = unwrapped(model)
+
+        def of_head(hidden: Tensor, head: Head) -> Tensor:
+            return linear_logprob(
                 hidden,
                 head.weight,
                 plan.target.to(hidden.device),
@@ -327,13 +399,13 @@ class PactObjective:
                 **head.options(self.config.temperature),
                 backend=self.config.head_backend,
             ).logp
-            for (g, p), values in zip(plan.members, plan.per_path(logp)):
-                yield g, p, values
+
+        return inside_forward(model, lambda: inside_head(inner, self._hidden(inner, plan), of_head))
 
     def _hidden(self, model: nn.Module, plan: ForwardPlan) -> Tensor:
         """Last hidden states [R, H] of everything in the plan, on the model's device."""
         _check_vocabulary(model, plan)
-        device = next(model.parameters()).device
+        device = compute_device(model)
         if plan.tree is None:
             return torch.cat(dense_hidden(model, [torch.from_numpy(path.ids).to(device) for path in plan.paths]))
         attach_tree_attention(model)
@@ -388,7 +460,7 @@ def _counts(plan: ForwardPlan, groups: Sequence[tuple[Group, dict[str, float]]],
 
 
 def _check_vocabulary(model: nn.Module, plan: ForwardPlan) -> None:
-    vocabulary = lm_head(model).weight.shape[0]
+    vocabulary = vocabulary_size(model)
     if plan.largest_id >= vocabulary:
         raise ValueError(
             f"token id {plan.largest_id} is outside the model's vocabulary of {vocabulary}: "

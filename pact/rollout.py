@@ -194,13 +194,15 @@ def run_rollouts(
     seed: int = 0,
     batch_size: int | None = None,
     fail_long_prompts: bool = False,
+    places: Sequence[int] | None = None,
 ) -> list[list[Trajectory]]:
     """Attempt each task ``n`` times and return, per task, its ``n`` trajectories.
 
     The expert trace is dropped before environment, tokenizer or generator see the task. The random stream of an episode
-    depends on (``seed``, index of the task in ``tasks``, index of the rollout) only. ``batch_size`` episodes run
-    together (None: what the generator holds). A prompt that leaves no room in the context is a ValueError before
-    anything is generated, or with ``fail_long_prompts`` an episode with no turn and stop_reason "context_limit".
+    depends on (``seed``, place of the task, index of the rollout) only; its place is its index in ``tasks``, or that in
+    ``places`` where ``tasks`` are part of a batch that several processes share. ``batch_size`` episodes run together
+    (None: what the generator holds). A prompt that leaves no room in the context is a ValueError before anything is
+    generated, or with ``fail_long_prompts`` an episode with no turn and stop_reason "context_limit".
     ``rules`` say how calls are read. Where the environment has ``workers`` above 1, the calls of that many episodes run
     at once in threads, and so do their scores; the calls of one episode keep their order, and no result depends on it.
 
@@ -213,13 +215,14 @@ def run_rollouts(
     limits = replace(limits, context_length=min(lengths, default=None))
     tasks = [task.without_expert() for task in tasks]
     prompts = _prompts(tasks, tokenizer, limits, fail_long_prompts)
-    places = [(index, rollout) for index in range(len(tasks)) for rollout in range(n)]
+    attempts = [(index, rollout) for index in range(len(tasks)) for rollout in range(n)]
+    places = range(len(tasks)) if places is None else places
     size = min(batch_size or generator.max_batch, generator.max_batch)
     trajectories: list[Trajectory] = []
     with _workers(env) as in_parallel:
-        for start in range(0, len(places), size):
-            chosen = places[start : start + size]
-            seeds = [_episode_seed(seed, index, rollout) for index, rollout in chosen]
+        for start in range(0, len(attempts), size):
+            chosen = attempts[start : start + size]
+            seeds = [_episode_seed(seed, places[index], rollout) for index, rollout in chosen]
             batch = [(tasks[index], prompts[index], seed) for (index, _), seed in zip(chosen, seeds)]
             loop = _Loop(env, generator, tokenizer, sampling, limits, rules, in_parallel)
             trajectories += loop.run(batch)

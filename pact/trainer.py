@@ -7,13 +7,12 @@ Not here: settings (`pact.arguments`), the loss (`pact.objective`), sampling (`p
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import DistributedType
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -29,13 +29,23 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from pact.arguments import PactTrainingArguments
+from pact.distributed import (
+    Snapshot,
+    assign,
+    balance,
+    check_strategy,
+    is_sharded,
+    most,
+    set_precision,
+    whole_weights,
+)
 from pact.engines.transformers import TransformersEngine
 from pact.envs import Environment, Task
 from pact.evaluate import EpisodeRecord, evaluate, summarize
 from pact.groups import term_weights
 from pact.metrics import add_metrics
-from pact.modeling import attach_tree_attention
-from pact.objective import CoTrainResult, Denominators, Group, PactConfig, PactObjective, flatten_metrics
+from pact.modeling import attach_tree_attention, evaluating
+from pact.objective import Denominators, Group, PactConfig, PactObjective, flatten_metrics
 from pact.reporting import Meter, RewardPrinter, RewardProgress
 from pact.rollout import CallRules, RolloutLimits, Sampling, Trajectory, run_rollouts
 from pact.samples import (
@@ -78,7 +88,7 @@ class PactTrainer(Trainer):
     Raises:
         ValueError: a model the tree cannot run on, a tokenizer whose template loses tools or reasoning, more token ids
             than embeddings, a prompt longer than the context, no task, a task without what the reward compares with,
-            sharded training (FSDP, DeepSpeed).
+            fewer tasks than processes, a distributed strategy that is not in force or not supported.
     """
 
     phase = "train"
@@ -100,8 +110,6 @@ class PactTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if args.fsdp or args.deepspeed:
-            raise ValueError("sharded training (FSDP, DeepSpeed) is not supported: use plain data parallelism (DDP)")
         tokenizer = prepare_tokenizer(processing_class)
         check_vocabulary(model, tokenizer)
         attach_tree_attention(model)
@@ -132,8 +140,17 @@ class PactTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(RewardPrinter if args.disable_tqdm else RewardProgress)
         self.add_callback(_SaveBuffer(self))
+        check_strategy(self.accelerator)
+        set_precision(self.accelerator)
+        if is_sharded(self.accelerator):
+            self.objective.forwards = partial(most, self.accelerator)
+        if len(self._tasks()) < args.world_size:
+            raise ValueError(
+                f"{args.world_size} processes and {len(self._tasks())} training tasks: start at most as many processes "
+                "as there are tasks, or give more tasks"
+            )
         self.engine = TransformersEngine(self.model, max_batch=args.generation_batch_size)
-        self.reference: PreTrainedModel | None = None  # the model as it was when training began
+        self.reference: Snapshot | None = None  # the trainable weights as they were when training began
         self.buffer: deque[list[MicroBatch]] = deque()  # optimiser steps whose rollouts exist already
         self._taken = 0  # micro-batches that a restored buffer has taken from the data
         self._tokens = 0  # unique tokens of the last micro-batch
@@ -185,19 +202,40 @@ class PactTrainer(Trainer):
 
         The rollouts that the checkpoint kept are trained on first.
         """
-        if self.config.kl_coef > 0 and self._plays(self.args):
-            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.reference = None
         if isinstance(resume_from_checkpoint, str):
             self.buffer = deque(load_groups(Path(resume_from_checkpoint) / buffer_name(self.args.process_index)))
             self._taken = sum(map(len, self.buffer))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._keep_reference()
+        super()._load_from_checkpoint(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.create_scheduler`; by then the model is sharded, and DeepSpeed has not loaded a checkpoint yet."""
+        self._keep_reference()
+        return super().create_scheduler(*args, **kwargs)
+
+    def _keep_reference(self) -> None:
+        if self.reference is None and self.config.kl_coef > 0 and self._plays(self.args):
+            self.reference = Snapshot(self.model)
+
+    def _tasks(self) -> list[Task]:
+        return cast(list[Task], self.train_dataset)
+
     # -- acting ------------------------------------------------------------------------------------------------------
 
     def stream(self, purpose: str) -> random.Random:
-        """The random stream of one purpose at this step, phase and process; resuming needs no stored state."""
+        """The random stream of one purpose at this step and phase, the same on all processes: each takes from it what
+        belongs to the places of its tasks in the whole step. Resuming needs no stored state."""
+        return random.Random(f"{self.args.seed}/{self.phase}/{purpose}/{self.state.global_step}/0")
+
+    def places(self, count: int) -> list[int]:
+        """Places, in the batch of all processes, of this one's next ``count`` tasks: micro-batches alternate."""
         args = self.args
-        return random.Random(f"{args.seed}/{self.phase}/{purpose}/{self.state.global_step}/{args.process_index}")
+        size, rank, world = args.per_device_train_batch_size, args.process_index, args.world_size
+        return [(i // size * world + rank) * size + i % size for i in range(count)]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Task]], num_batches: int, device: torch.device
@@ -211,9 +249,11 @@ class PactTrainer(Trainer):
             batches = list(islice(epoch_iterator, num_batches * steps))
             if not batches:
                 return [], None
-            rest = iter(self.make_groups([task for batch in batches for task in batch]))
-            micro = [list(islice(rest, len(batch))) for batch in batches]
-            self.buffer.extend(micro[i : i + num_batches] for i in range(0, len(micro), num_batches))
+            groups = iter(self.make_groups([task for batch in batches for task in batch]))
+            micro = [list(islice(groups, len(batch))) for batch in batches]
+            dealt = [self.deal(micro[i : i + num_batches]) for i in range(0, len(micro), num_batches)]
+            self.attach_logprobs([group for step in dealt for batch in step for group in batch])
+            self.buffer.extend(dealt)
         step = self.buffer.popleft()
         self._steps += 1
         mine = self.objective.denominators([group for batch in step for group in batch])
@@ -221,6 +261,15 @@ class PactTrainer(Trainer):
             torch.tensor([mine.rl, mine.sft], dtype=torch.float64, device=self.args.device), reduction="sum"
         )
         return step, Denominators(*every.tolist())
+
+    def deal(self, step: list[MicroBatch]) -> list[MicroBatch]:
+        """One optimiser step's micro-batches, balanced by tokens over processes and then over micro-batches."""
+        if self.args.world_size == 1:
+            return step
+        groups = [group for batch in step for group in batch]
+        groups = balance(self.accelerator, groups, list(map(self.objective.tokens_of, groups)))
+        shares = assign(list(map(self.objective.tokens_of, groups)), len(step))
+        return [[groups[i] for i in share] for share in shares]
 
     def make_groups(self, tasks: list[Task]) -> list[Group]:
         """Play ``num_rollouts`` episodes of every task and turn them, with the traces, into groups to train on."""
@@ -242,11 +291,8 @@ class PactTrainer(Trainer):
         self._warn_of_no_signal(groups)
         for task, group in zip(tasks, groups, strict=True):
             self.meter.add("trace_overflow", float(task.expert is not None and group.trace is None))
-        start = time.perf_counter()
         generator = torch.Generator().manual_seed(self.stream("branch").getrandbits(63))
-        self.objective.assign_branches(groups, generator)
-        self._attach_logprobs(groups)
-        self.meter.add("seconds/logprob", time.perf_counter() - start, args.rollout_batch_steps)
+        self.objective.assign_branches(groups, generator, self.places(len(tasks)))
         return groups
 
     def _example(self, task: Task, reads: bool) -> Group:
@@ -259,7 +305,7 @@ class PactTrainer(Trainer):
 
     def generate(self, tasks: list[Task]) -> list[list[Trajectory]]:
         """Episodes of ``tasks``, ``num_rollouts`` each, sampled from the prompt alone."""
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), whole_weights(self.accelerator, self.model):
             return run_rollouts(
                 self.env,
                 tasks,
@@ -270,6 +316,7 @@ class PactTrainer(Trainer):
                 limits=self.limits,
                 rules=self.rules,
                 seed=self.stream("rollout").getrandbits(63),
+                places=self.places(len(tasks)),
             )
 
     def _meter_episodes(self, episodes: list[list[Trajectory]], seconds: float) -> None:
@@ -299,18 +346,23 @@ class PactTrainer(Trainer):
                 "nothing from it. Warm-start longer, raise num_rollouts or the temperature, or take easier tasks"
             )
 
-    def _attach_logprobs(self, groups: list[Group]) -> None:
+    def attach_logprobs(self, groups: list[Group]) -> None:
         """Fix old and reference log-probs where the objective cannot take them from its own forward."""
-        with self.accelerator.autocast():
+        if not self._plays(self.args):
+            return
+        start = time.perf_counter()
+        with self.accelerator.autocast(), evaluating(self.model):
             if self.args.rollout_batch_steps > 1 or self.config.ratio_reference == "behavior":
-                self.objective.attach_logprobs(self.model, groups, field="old_logp")
+                self.objective.attach_logprobs(self.model_wrapped, groups, field="old_logp")
             if self.reference is not None:
-                self.objective.attach_logprobs(self.reference, groups, field="ref_logp")
+                with self.reference.restored(self.model):
+                    self.objective.attach_logprobs(self.model_wrapped, groups, field="ref_logp")
             if self._probing():
-                latent = self.objective.latent_trace(self.model, groups)
+                latent = self.objective.latent_trace(self.model_wrapped, groups)
                 rollouts = latent.pop("latent/rollouts", 0.0)
                 for name, value in latent.items():
                     self.meter.add(name, value * rollouts, rollouts)
+        self.meter.add("seconds/logprob", time.perf_counter() - start, self.args.rollout_batch_steps)
 
     def _probing(self) -> bool:
         """Whether this step also computes what only diagnostics need."""
@@ -330,19 +382,20 @@ class PactTrainer(Trainer):
         progress = self.state.global_step / self.state.max_steps
         for name, value in zip(("rl", "sft"), term_weights(self.config, progress)):
             self.meter.add(f"weight/{name}", value)
-        batches = self.objective.build(inputs, progress, denominators=num_items_in_batch, monitor=self._probing())
-        forwards = [partial(self.objective.loss, self.model, batch) for batch in batches]
-        if not forwards and self.args.world_size > 1:
-            forwards = [partial(self._nothing)]  # every process takes part in the reduction
+        options: Any = {"denominators": num_items_in_batch, "monitor": self._probing()}
+        batches = self.objective.build(inputs, progress, **options) if inputs else []
+        idle = self.objective.idle(len(batches))
+        if not batches and not idle and self.args.world_size > 1:
+            idle = self.objective.nothing(1)  # every process takes part in the reduction of gradients
         loss = torch.zeros((), device=self.args.device)
-        for i, forward in enumerate(forwards):
-            last = i == len(forwards) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for i, batch in enumerate(batches + idle):
+            with self._reduction(model, last=i == len(batches + idle) - 1):
                 with self.accelerator.autocast():
-                    result = self._in_forward(model, forward)
-                self.accelerator.backward(result.loss * self.args.world_size)
-            loss += result.loss.detach() * self.args.world_size
-            add_metrics(self.sums, result.metrics)
+                    result = self.objective.loss(model, batch)
+                self.accelerator.backward(result.loss * self.args.world_size, **self._backward_options)
+            if i < len(batches):
+                loss += result.loss.detach() * self.args.world_size
+                add_metrics(self.sums, result.metrics)
         if not math.isfinite(loss.item()):
             raise RuntimeError(
                 f"the loss is {loss.item()} at step {self.state.global_step}, nothing was updated: lower learning_rate "
@@ -362,24 +415,25 @@ class PactTrainer(Trainer):
             torch.zeros((), device=self.args.device),
         )
 
-    def _in_forward(self, model: nn.Module, compute: Callable[[], CoTrainResult]) -> CoTrainResult:
-        """Run ``compute`` inside the forward of a wrapper, where data parallelism has its hooks."""
-        if model is self.model:
-            return compute()
-        plain = self.model.forward
+    @contextlib.contextmanager
+    def _reduction(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Gradients are reduced over the processes after the last backward of a micro-batch alone.
 
-        def once() -> CoTrainResult:
-            self.model.forward = plain
-            return compute()
-
-        self.model.forward = once
+        Sharded ones are after every backward: until then each process would hold the gradients of the whole model.
+        """
+        state, step_ends = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            state._set_sync_gradients(step_ends and last)  # with True, DeepSpeed takes the optimiser's step in backward
         try:
-            return model()
+            with contextlib.nullcontext() if last or is_sharded(self.accelerator) else self.accelerator.no_sync(model):
+                yield
         finally:
-            self.model.forward = plain
+            state._set_sync_gradients(step_ends)
 
-    def _nothing(self) -> CoTrainResult:
-        return CoTrainResult(sum((p.sum() * 0.0 for p in self.model.parameters()), torch.zeros(())), {})
+    @property
+    def _backward_options(self) -> dict[str, Any]:
+        """DeepSpeed would divide by the accumulation steps, which the global denominators have done."""
+        return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 flops a parameter and unique token: forward and backward of the last micro-batch, attention left out."""
@@ -422,7 +476,7 @@ class PactTrainer(Trainer):
         mine = tasks[self.args.process_index :: self.args.world_size]
         sampling = Sampling(self.args.eval_temperature, self.args.top_p)
         options: Any = {"limits": self.limits, "sampling": sampling, "rules": self.rules}
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), whole_weights(self.accelerator, self.model):
             records = evaluate(self.engine, self.env, self.processing_class, mine, **options) if mine else []
         by_id = {record.id: record for record in gather_object(records)}
         self.records, self.records_step = [by_id[task.id] for task in tasks], self.state.global_step
@@ -455,8 +509,10 @@ class WarmStartTrainer(PactTrainer):
         return False
 
     def make_groups(self, tasks: list[Task]) -> list[Group]:
-        draw = self.stream("context")
-        return [self._example(task, draw.random() < self.args.warm_start_context_share) for task in tasks]
+        stream, places = self.stream("context"), self.places(len(tasks))
+        draws = [stream.random() for _ in range(max(places) + 1)]
+        share = self.args.warm_start_context_share
+        return [self._example(task, draws[place] < share) for task, place in zip(tasks, places, strict=True)]
 
 
 class _SaveBuffer(TrainerCallback):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pact.engines.prompt_cache import ATTENTION_NAME, PromptRowCache
-from pact.modeling import attach_tree_attention, causal_lm
+from pact.modeling import attach_tree_attention, causal_lm, evaluating
 from pact.rollout import Completion, Sampling
 
 RETURN_SHARE = 1 / 8  # of the rows at work: so many must have ended before they are returned and leave the batch
@@ -320,14 +320,8 @@ def _swaps(held: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
 @contextmanager
 def _generating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode and no gradient; every module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.inference_mode():
+        yield
 
 
 @contextmanager

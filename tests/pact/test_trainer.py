@@ -104,6 +104,7 @@ def test_old_logprobs_stay_through_a_rollout_batch(tmp_path):
 def test_behavior_ratios_are_1_on_the_prompt_branch_beside_the_trace_branch(tmp_path):
     trainer = make_trainer(tmp_path, config=PactConfig(anchor_q=0.5, ratio_reference="behavior", kl_coef=0.0))
     groups = trainer.make_groups(list(trainer.train_dataset))
+    trainer.attach_logprobs(groups)
     assert {group.branch for group in groups} == {"prompt", "trace"}
     (batch,) = trainer.objective.build(groups, 0.0)  # both branches in one tree
     metrics = flatten_metrics(trainer.objective.loss(trainer.model, batch).metrics, 1)
