@@ -103,6 +103,11 @@ class PactTrainingArguments(TrainingArguments):
     advantage: Literal["grpo", "dr_grpo", "rloo", "dual_level", "turn_level"] = _help("advantage estimator", "grpo")
     turn_discount: float = _help("gamma of the turn-level returns", 0.9)
     dual_combine: Literal["sum", "mean"] = _help("dual_level: how trajectory and turn parts are combined", "sum")
+    max_ratio: float = _help(
+        "stop before an update when the mean ratio of a branch is above this; 0: never. The mean over honest samples "
+        "is 1 in expectation, so 100 comes by chance less than once in 100 updates, however long the tails (Markov)",
+        100.0,
+    )
     latent_trace_steps: int = _help("log the latent-trace terms every this many steps; 0: never", 0)
     eval_tasks: int = _help("test tasks of an evaluation; 0: no evaluation", 0)
     eval_temperature: float = _help("temperature of evaluation episodes; 0 is greedy", 0.0)
@@ -144,6 +149,7 @@ class PactTrainingArguments(TrainingArguments):
             "max_turn_tokens": (1, "it counts tokens"),
             "max_response_tokens": (1, "it counts tokens"),
             "latent_trace_steps": (0, "0 switches it off"),
+            "max_ratio": (0, "0 switches it off"),
             "eval_tasks": (0, "0 switches evaluation off"),
             "warm_start_steps": (0, "0 switches the warm start off"),
             "warm_start_batch_size": (1, "it counts prompts"),
@@ -162,6 +168,8 @@ class PactTrainingArguments(TrainingArguments):
                 f"unknown warm_start_lr_scheduler_type {self.warm_start_lr_scheduler_type!r}: choose one of "
                 f"{', '.join(kind.value for kind in SchedulerType)}"
             )
+        if self.enable_jit_checkpoint:
+            raise ValueError("leave out enable_jit_checkpoint: SIGTERM always ends in a checkpoint, rollouts included")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: tasks are objects, not columns")
 

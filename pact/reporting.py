@@ -15,6 +15,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from pact.files import replace_file, write_whole
+
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 DRAW_SECONDS = 60.0  # at least, between two drawings at saves
 
@@ -36,6 +38,13 @@ class Meter:
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[float, float]] = {}
+
+    @classmethod
+    def of(cls, sums: Mapping[str, tuple[float, float]]) -> Meter:
+        """The meter with these ``sums``."""
+        meter = cls()
+        meter.sums.update(sums)
+        return meter
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
         """Add ``value`` to a mean over ``count`` units: episodes, seconds, steps."""
@@ -66,20 +75,26 @@ class MetricsWriter(TrainerCallback):
     """Appends every log of one phase to ``<run>/metrics.jsonl`` as a flat JSON line and redraws the curves.
 
     A line holds ``phase`` ("warm_start" or "train"), ``step`` and the logged numbers; a number that is not finite is
-    written as null. On resume, lines of this phase past the checkpoint are dropped: those steps are run again.
+    written as null. On resume, lines of this phase past the checkpoint are dropped: those steps are run again. The
+    closing summary of transformers is left out: it is of a process, not of a step.
     """
 
     def __init__(self, run: Path, phase: str) -> None:
         self.path, self.curves, self.phase = run / METRICS_FILE, run / CURVES_FILE, phase
         self._drawn = -math.inf  # when the curves were last drawn
+        self._begun = False  # whether this process has written to the file
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.path.exists():
-            kept = [r for r in read_metrics(self.path) if r["phase"] != self.phase or r["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        if state.is_world_process_zero:
+            self.keep(lambda record: record["phase"] != self.phase or record["step"] <= state.global_step)
+
+    def forget_evaluation(self, step: int) -> None:
+        """Drop what a process that was killed has written of the evaluation at ``step``: it is run again."""
+        at = (self.phase, step)
+        self.keep(lambda record: (record["phase"], record["step"]) != at or "eval_reward" not in record)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and "train_runtime" not in (logs or {}):
             self.write(state.global_step, logs or {})
 
     def write(self, step: int, logs: Mapping[str, Any]) -> None:
@@ -90,8 +105,16 @@ class MetricsWriter(TrainerCallback):
             for key, value in logs.items()
             if isinstance(value, int | float)
         }
+        if not self._begun:  # a process that was killed may have left half a line
+            self.keep(lambda record: True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Leave only the ``wanted`` records in the file."""
+        self._begun = True
+        if self.path.exists():
+            write_whole(self.path, "".join(json.dumps(r) + "\n" for r in read_metrics(self.path) if wanted(r)))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and time.monotonic() - self._drawn > DRAW_SECONDS:
@@ -148,7 +171,7 @@ def draw_curves(metrics: Path, image: Path) -> None:
             axes.legend(fontsize="small")
         if warm:
             axes.axvline(0, color="grey", linewidth=0.5)
-    figure.savefig(image, dpi=100)
+    replace_file(image, lambda path: figure.savefig(path, dpi=100, format="png"))
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
@@ -165,7 +188,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 def exit_code(command: Callable[[], None], interrupted: str) -> int:
     """Run ``command`` with errors as one line on stderr (a traceback with PACT_DEBUG=1).
 
-    Returns 0 when it is done, 2 for what the user can mend, 130 for an interrupt; ``interrupted`` says how to go on.
+    Returns 0 when it is done, 2 for what the user can mend (or the error's own ``exit_code``), 130 for an interrupt;
+    ``interrupted`` says how to go on.
     """
     try:
         command()
@@ -173,7 +197,7 @@ def exit_code(command: Callable[[], None], interrupted: str) -> int:
         if os.environ.get("PACT_DEBUG"):
             raise
         print(f"pact: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print(f"pact: interrupted; {interrupted}", file=sys.stderr)
         return 130

@@ -9,7 +9,6 @@ It owns the run's folder; the steps themselves are the trainer's.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import sys
 import time
@@ -27,17 +26,20 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerState,
 )
 from transformers.utils import logging
 
 from pact.arguments import SCRATCH, ModelArguments, PactTrainingArguments, RunSettings, as_dict, parse_settings
+from pact.checkpoints import STATE, last_checkpoint, save_whole
 from pact.envs import Environment, Task, make
 from pact.evaluate import EpisodeRecord, load_records, paired_improvement, save_records
+from pact.files import write_whole
 from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, exit_code, peak_memory_bytes
 from pact.samples import with_usable_trace
 from pact.scratch import new_model
 from pact.trace import prepare_tokenizer
-from pact.trainer import PactTrainer, WarmStartTrainer, buffer_name, with_context
+from pact.trainer import PactTrainer, WarmStartTrainer, with_context
 
 logger = logging.get_logger(__name__)
 
@@ -107,11 +109,16 @@ def _new_folder(runs: Path, settings: RunSettings, config: Path | None) -> Path:
             names[0] += "+"
     else:
         names = [Path(name).name]
-        if (runs / names[0]).exists():
+        if not _unused(runs / names[0]):
             raise ValueError(f"run {names[0]} exists: choose another run_name, or continue it with --resume {names[0]}")
     PartialState()
     broadcast_object_list(names)
     return runs / names[0]
+
+
+def _unused(folder: Path) -> bool:
+    """Whether a run can begin in ``folder``: one that was killed before it had its config.yaml has not begun."""
+    return not folder.exists() or all(path.name == f"{CONFIG_FILE}.part" for path in folder.iterdir())
 
 
 def load_tasks(env: Environment, settings: RunSettings) -> tuple[Sequence[Task], Sequence[Task] | None]:
@@ -167,8 +174,8 @@ def run(argv: Sequence[str]) -> None:
     args.output_dir = str(state.folder)
     env = make(settings.env.env, **settings.env.options())
     train_tasks, test_tasks = load_tasks(env, settings)
-    checkpoint, finished = last_checkpoint(state.folder, args.max_steps)
-    warm, warm_finished = last_checkpoint(state.folder / WARM_START, args.warm_start_steps)
+    checkpoint, finished = _resume_point(state.folder, args.max_steps)
+    warm, warm_finished = _resume_point(state.folder / WARM_START, args.warm_start_steps)
     if finished and test_tasks and not (state.folder / EVAL_START).is_file():
         raise ValueError(
             "this run is finished and its start was not evaluated: there is no gain to tell, set eval_tasks 0"
@@ -178,22 +185,27 @@ def run(argv: Sequence[str]) -> None:
     config = with_context(settings.pact, model)
     warm_tasks = with_usable_trace(train_tasks, tokenizer, config) if args.warm_start_steps else []
     _log_to(state.folder, "train")
-    callbacks: list[Any] = [MetricsWriter(state.folder, "train")]
-    trainer = PactTrainer(model, args, env, tokenizer, config, train_tasks, test_tasks, callbacks)
+    metrics = MetricsWriter(state.folder, "train")
+    trainer = PactTrainer(model, args, env, tokenizer, config, train_tasks, test_tasks, [metrics])
+    trainer.how_to_resume = _how_to_resume(state)
     if trainer.is_world_process_zero() and not state.resumed:
         state.folder.mkdir(parents=True, exist_ok=True)
-        (state.folder / CONFIG_FILE).write_text(yaml.safe_dump(settings.values, sort_keys=False), encoding="utf-8")
+        write_whole(state.folder / CONFIG_FILE, yaml.safe_dump(settings.values, sort_keys=False))
         print(f"run folder: {state.folder}", flush=True)
     if args.warm_start_steps and not (warm_finished or finished):
         warm_start(state, model, env, tokenizer, warm_tasks, warm)
-    before = _evaluation(trainer, state.folder / EVAL_START)
-    if not finished:
+    before = _evaluation(trainer, state.folder / EVAL_START, metrics)
+    if finished and checkpoint:
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))  # evaluated as the end of training
+    else:
         if trainer.is_world_process_zero():
             (state.folder / EVAL_FINAL).unlink(missing_ok=True)  # of a run that goes on beyond its end
         trainer.accelerator.wait_for_everyone()
+        args.eval_on_start = args.eval_on_start and checkpoint is None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = _evaluation(trainer, state.folder / EVAL_FINAL)
-    trainer.save_model(str(state.folder / "model"))
+    after = _evaluation(trainer, state.folder / EVAL_FINAL, metrics)
+    main, wait = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
+    save_whole(trainer.save_model, state.folder / "model", main, wait)
     if trainer.is_world_process_zero():
         draw_curves(state.folder / METRICS_FILE, state.folder / CURVES_FILE)
         _summarise(state, trainer, before, after)
@@ -219,19 +231,15 @@ def warm_start(
     _log_to(state.folder, WARM_START)
     callbacks: list[Any] = [MetricsWriter(state.folder, WARM_START)]
     trainer = WarmStartTrainer(model, args, env, tokenizer, state.settings.pact, tasks, callbacks=callbacks)
+    trainer.how_to_resume = _how_to_resume(state)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def last_checkpoint(folder: Path, max_steps: int) -> tuple[Path | None, bool]:
-    """The newest whole checkpoint in ``folder`` and whether it is the end of its training.
-
-    A checkpoint is whole once its rollouts are written, which comes last. ``max_steps`` <= 0: as the checkpoint says.
-    """
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        if (path / buffer_name(PartialState().process_index)).is_file():
-            record = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return path, record["global_step"] >= (max_steps if max_steps > 0 else record["max_steps"])
-    return None, False
+def _resume_point(folder: Path, max_steps: int) -> tuple[Path | None, bool]:
+    """`last_checkpoint` as the main process sees it."""
+    found: list[Any] = [last_checkpoint(folder, max_steps)]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def _log_to(folder: Path, phase: str) -> None:
@@ -239,7 +247,11 @@ def _log_to(folder: Path, phase: str) -> None:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard" / phase)
 
 
-def _evaluation(trainer: PactTrainer, path: Path) -> list[EpisodeRecord] | None:
+def _how_to_resume(state: Run) -> str:
+    return f"continue with: pact train --resume {state.folder.name}"
+
+
+def _evaluation(trainer: PactTrainer, path: Path, metrics: MetricsWriter) -> list[EpisodeRecord] | None:
     """Evaluation, kept in ``path`` so that a resumed run does not repeat it; None without evaluation tasks.
 
     Raises ValueError when the run was evaluated on other tasks before.
@@ -252,6 +264,8 @@ def _evaluation(trainer: PactTrainer, path: Path) -> list[EpisodeRecord] | None:
             raise ValueError(f"{path} holds {len(records)} other tasks: resume with the eval_tasks the run began with")
         return records
     if trainer.records_step != trainer.state.global_step:
+        if trainer.is_world_process_zero():
+            metrics.forget_evaluation(trainer.state.global_step)
         trainer.evaluate()
     if trainer.is_world_process_zero():
         save_records(trainer.records, path)

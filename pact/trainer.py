@@ -7,28 +7,26 @@ Not here: settings (`pact.arguments`), the loss (`pact.objective`), sampling (`p
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import statistics
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from pact.arguments import PactTrainingArguments
+from pact.checkpoints import CheckpointedTrainer
 from pact.distributed import (
     Snapshot,
     assign,
@@ -53,9 +51,7 @@ from pact.samples import (
     check_gold,
     check_prompts,
     check_tasks,
-    load_groups,
     rl_group,
-    save_groups,
     sft_group,
     with_reward,
     with_usable_trace,
@@ -68,7 +64,7 @@ MicroBatch = list[Group]
 STOP_REASONS = ("answer", "turn_limit", "token_limit", "context_limit")
 
 
-class PactTrainer(Trainer):
+class PactTrainer(CheckpointedTrainer):
     """`transformers.Trainer` that trains on groups of rollouts and traces instead of batches of rows.
 
     One optimiser step takes ``per_device_train_batch_size`` x ``gradient_accumulation_steps`` prompts a process. Their
@@ -139,7 +135,7 @@ class PactTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(RewardPrinter if args.disable_tqdm else RewardProgress)
-        self.add_callback(_SaveBuffer(self))
+        self._start_watching()
         check_strategy(self.accelerator)
         set_precision(self.accelerator)
         if is_sharded(self.accelerator):
@@ -151,14 +147,9 @@ class PactTrainer(Trainer):
             )
         self.engine = TransformersEngine(self.model, max_batch=args.generation_batch_size)
         self.reference: Snapshot | None = None  # the trainable weights as they were when training began
-        self.buffer: deque[list[MicroBatch]] = deque()  # optimiser steps whose rollouts exist already
-        self._taken = 0  # micro-batches that a restored buffer has taken from the data
         self._tokens = 0  # unique tokens of the last micro-batch
-        self._steps = 0  # optimiser steps since the last log
-        self.sums: dict[str, Tensor] = {}  # the objective's metrics since the last log
         self.records: list[EpisodeRecord] = []  # of the last evaluation, at optimiser step records_step
         self.records_step = -1
-        self.meter, self.totals = Meter(), Meter()  # ours since the last log, and over all logs
 
     def _configure(self, config: PactConfig) -> PactConfig:
         return config
@@ -203,9 +194,6 @@ class PactTrainer(Trainer):
         The rollouts that the checkpoint kept are trained on first.
         """
         self.reference = None
-        if isinstance(resume_from_checkpoint, str):
-            self.buffer = deque(load_groups(Path(resume_from_checkpoint) / buffer_name(self.args.process_index)))
-            self._taken = sum(map(len, self.buffer))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -254,7 +242,7 @@ class PactTrainer(Trainer):
             dealt = [self.deal(micro[i : i + num_batches]) for i in range(0, len(micro), num_batches)]
             self.attach_logprobs([group for step in dealt for batch in step for group in batch])
             self.buffer.extend(dealt)
-        step = self.buffer.popleft()
+        step = self.current = self.buffer.popleft()
         self._steps += 1
         mine = self.objective.denominators([group for batch in step for group in batch])
         every = self.accelerator.reduce(
@@ -276,12 +264,14 @@ class PactTrainer(Trainer):
         if not self._plays(self.args):
             return [self._example(task, reads=False) for task in tasks]
         args, start = self.args, time.perf_counter()
-        episodes = self.generate(tasks)
+        episodes = self.act(lambda: self.generate(tasks))
         seconds = time.perf_counter() - start
-        episodes = [
-            with_reward(task, attempts, self.scoring, self.processing_class, self.rules.form)
-            for task, attempts in zip(tasks, episodes, strict=True)
-        ]
+        episodes = self.act(
+            lambda: [
+                with_reward(task, attempts, self.scoring, self.processing_class, self.rules.form)
+                for task, attempts in zip(tasks, episodes, strict=True)
+            ]
+        )
         estimator = Estimator(args.advantage, args.turn_discount, args.dual_combine)
         groups = [
             rl_group(task, attempts, self.processing_class, estimator, self.config)
@@ -395,12 +385,7 @@ class PactTrainer(Trainer):
                 self.accelerator.backward(result.loss * self.args.world_size, **self._backward_options)
             if i < len(batches):
                 loss += result.loss.detach() * self.args.world_size
-                add_metrics(self.sums, result.metrics)
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(
-                f"the loss is {loss.item()} at step {self.state.global_step}, nothing was updated: lower learning_rate "
-                "or max_grad_norm and resume from the last checkpoint"
-            )
+                add_metrics(self.step_sums, result.metrics)
         self._tokens = sum(batch.plan.unique_tokens for batch in batches)
         seconds = time.perf_counter() - start
         self.meter.add("seconds/train", seconds, 1 / max(self.current_gradient_accumulation_steps, 1))
@@ -451,7 +436,10 @@ class PactTrainer(Trainer):
                 add_metrics(sums, their_sums)
                 meter.merge(their_meter)
             self.totals.merge(meter)
-            logs |= (flatten_metrics(sums, self._steps) if sums else {}) | meter.means()
+            flat = flatten_metrics(sums, self._steps) if sums else {}
+            logs |= flat | meter.means()
+            if flat:  # transformers' own sum does not outlive a checkpoint between two logs
+                logs["loss"] = sum(flat[f"loss/{term}"] for term in ("rl_prompt", "rl_trace", "sft"))
             self.sums, self.meter, self._steps = {}, Meter(), 0
         super().log(logs, start_time)
 
@@ -513,22 +501,6 @@ class WarmStartTrainer(PactTrainer):
         draws = [stream.random() for _ in range(max(places) + 1)]
         share = self.args.warm_start_context_share
         return [self._example(task, draws[place] < share) for task, place in zip(tasks, places, strict=True)]
-
-
-class _SaveBuffer(TrainerCallback):
-    """Writes the rollouts not yet trained on into every checkpoint; as the last of its files it makes it whole."""
-
-    def __init__(self, trainer: PactTrainer) -> None:
-        self.trainer = trainer
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_groups(folder / buffer_name(args.process_index), self.trainer.buffer)
-
-
-def buffer_name(process: int) -> str:
-    """File of a checkpoint that holds the rollouts of one process."""
-    return f"rollouts_{process}.pt"
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
