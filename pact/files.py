@@ -27,14 +27,12 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def replace_folder(path: Path, part: Path) -> None:
     """Put the finished folder ``part`` at ``path``, in place of what is there."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
-        part.rename(path)
-        shutil.rmtree(old)
-    else:
-        part.rename(path)
+    part.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:
