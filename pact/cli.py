@@ -8,6 +8,7 @@ from importlib import import_module
 
 from pact import __version__
 
+COMMANDS = ("train", "eval", "inspect")
 USAGE = """usage: pact COMMAND ...
 
   train    warm start, rollouts, PACT updates, evaluation (pact train --help lists all settings):
@@ -15,6 +16,9 @@ USAGE = """usage: pact COMMAND ...
   eval     a benchmark played and scored, with tables (pact eval --help lists all settings):
            pact eval [CONFIG.yaml] --env NAME --model FOLDER --output FOLDER [--SETTING VALUE ...]
            pact eval --compare FOLDER FOLDER
+  inspect  tokens of a trace by component, annealed weights, the tree of its group; a run's report:
+           pact inspect TRACE.jsonl --tokenizer FOLDER [--rollouts FILE] [--progress S] [--html FILE]
+           pact inspect --run runs/NAME
 
   --version, --help"""
 
@@ -23,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``pact`` and return its exit code: 0 done, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
-    if command in ("train", "eval"):
+    if command in COMMANDS:
         try:
             module = import_module(f"pact.{command}")
         except ModuleNotFoundError as error:
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
-    print(f"pact: error: unknown command {command!r}: choose train or eval", file=sys.stderr)
+    print(f"pact: error: unknown command {command!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
     return 2
 
 

@@ -28,7 +28,7 @@ class EpisodeRecord:
     """The outcome of one task: what to keep of an evaluation.
 
     ``turns`` counts assistant turns, ``response_tokens`` everything after the prompt; ``group`` is the task's row of
-    the table. ``messages`` (those after the prompt) and ``artifact`` (the score's) are None unless asked for.
+    the table. ``messages``: those after the prompt. ``artifact`` (the score's) is None unless asked for.
     """
 
     id: str
@@ -95,8 +95,8 @@ def evaluate(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> list[EpisodeRecord]:
-    """One episode a task, records in the order of ``tasks``, without messages and artifacts. A prompt that does not fit
-    the context is an episode of no turn. Stages of a ``Staged`` environment are played one after the other.
+    """One episode a task, records in the order of ``tasks``, without artifacts. A prompt that does not fit the context
+    is an episode of no turn. Stages of a ``Staged`` environment are played one after the other.
 
     Raises ValueError for no task, for two tasks of one id or a reward that is not finite, otherwise as
     ``run_rollouts``.
@@ -104,7 +104,7 @@ def evaluate(
     play = Play(limits, sampling, rules, batch_size, seed)
     records: dict[str, EpisodeRecord] = {}
     for _, stage in _stages(env, tasks):
-        records |= {record.id: record for record in _play(engine, env, tokenizer, stage, play, seed, details=False)}
+        records |= {record.id: record for record in _play(engine, env, tokenizer, stage, play, seed, artifacts=False)}
     return [records[task.id] for task in tasks]
 
 
@@ -139,7 +139,7 @@ def evaluate_in_batches(
             missing = [task for task in batch if task.id not in done]
             if missing:
                 seed = _batch_seed(play.seed, first + start)
-                yield _play(engine, env, tokenizer, missing, play, seed, details=True, prepare=prepare)
+                yield _play(engine, env, tokenizer, missing, play, seed, artifacts=True, prepare=prepare)
 
 
 def _stages(env: Environment, tasks: Sequence[Task]) -> list[tuple[int, list[Task]]]:
@@ -164,7 +164,7 @@ def _play(
     play: Play,
     seed: int,
     *,
-    details: bool,
+    artifacts: bool,
     prepare: Callable[[Sequence[Task]], None] = lambda tasks: None,
 ) -> list[EpisodeRecord]:
     """Records of ``tasks``, all of one stage."""
@@ -188,10 +188,10 @@ def _play(
             raise ValueError(f"the reward of task {task.id!r} is {episode.score.reward}: mend the environment's score")
         if isinstance(env, Staged):
             env.keep(task, episode.score.artifact)
-    return [_record(task, episode, details) for task, [episode] in zip(tasks, episodes)]
+    return [_record(task, episode, artifacts) for task, [episode] in zip(tasks, episodes)]
 
 
-def _record(task: Task, episode: Trajectory, details: bool) -> EpisodeRecord:
+def _record(task: Task, episode: Trajectory, artifacts: bool) -> EpisodeRecord:
     return EpisodeRecord(
         id=task.id,
         reward=episode.score.reward,
@@ -201,8 +201,8 @@ def _record(task: Task, episode: Trajectory, details: bool) -> EpisodeRecord:
         group=task.group,
         prompt_tokens=len(episode.prompt_ids),
         response_tokens=len(episode.ids),
-        messages=episode.messages if details else None,
-        artifact=episode.score.artifact if details else None,
+        messages=episode.messages,
+        artifact=episode.score.artifact if artifacts else None,
     )
 
 

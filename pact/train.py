@@ -2,7 +2,7 @@
 
 It owns the run's folder; the steps themselves are the trainer's.
 
-    runs/<name>/  config.yaml  metrics.jsonl  curves.png  tensorboard/  checkpoint-*/  model/
+    runs/<name>/  config.yaml  metrics.jsonl  curves.png  report.html  tensorboard/  checkpoint-*/  model/
                   eval_start.jsonl  eval_final.jsonl  warm_start/checkpoint-*/
 """
 
@@ -26,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     TrainerState,
 )
 from transformers.utils import logging
@@ -35,6 +36,7 @@ from pact.checkpoints import STATE, last_checkpoint, save_whole
 from pact.envs import Environment, Task, make
 from pact.evaluate import EpisodeRecord, load_records, paired_improvement, save_records
 from pact.files import write_whole
+from pact.report import CONFIG_FILE, EVAL_FINAL, EVAL_START, REPORT_FILE, ReportWriter, write_report
 from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, exit_code, peak_memory_bytes
 from pact.samples import with_usable_trace
 from pact.scratch import new_model
@@ -43,8 +45,7 @@ from pact.trainer import PactTrainer, WarmStartTrainer, with_context
 
 logger = logging.get_logger(__name__)
 
-CONFIG_FILE, WARM_START = "config.yaml", "warm_start"
-EVAL_START, EVAL_FINAL = "eval_start.jsonl", "eval_final.jsonl"
+WARM_START = "warm_start"
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def run(argv: Sequence[str]) -> None:
     warm_tasks = with_usable_trace(train_tasks, tokenizer, config) if args.warm_start_steps else []
     _log_to(state.folder, "train")
     metrics = MetricsWriter(state.folder, "train")
-    trainer = PactTrainer(model, args, env, tokenizer, config, train_tasks, test_tasks, [metrics])
+    callbacks: list[TrainerCallback] = [metrics, ReportWriter(state.folder, test_tasks)]
+    trainer = PactTrainer(model, args, env, tokenizer, config, train_tasks, test_tasks, callbacks)
     trainer.how_to_resume = _how_to_resume(state)
     if trainer.is_world_process_zero() and not state.resumed:
         state.folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +210,7 @@ def run(argv: Sequence[str]) -> None:
     save_whole(trainer.save_model, state.folder / "model", main, wait)
     if trainer.is_world_process_zero():
         draw_curves(state.folder / METRICS_FILE, state.folder / CURVES_FILE)
+        write_report(state.folder, test_tasks or [])
         _summarise(state, trainer, before, after)
 
 
@@ -282,6 +285,7 @@ def _summarise(
         if f"tokens_per_second/{name}" in rates:
             spent.append(f"{rates[f'tokens_per_second/{name}']:,.0f} {what} a second")
     print(f"model: {state.folder / 'model'}")
+    print(f"report: {state.folder / REPORT_FILE}")
     print(f"{', '.join(spent)} (each process)")
     if before is not None and after is not None:
         mean, bound, count = paired_improvement(before, after)

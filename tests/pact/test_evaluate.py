@@ -42,8 +42,9 @@ def test_one_record_a_task_in_order(tokenizer):
     assert [record.id for record in found] == ["test-0", "test-1", "test-2", "test-3"]
     assert [record.reward for record in found] == [0.0, 1.0, 0.0, 0.0]
     assert found[1] == EpisodeRecord(
-        "test-1", 1.0, {"solved": 1.0}, 1, "answer", prompt_tokens=found[1].prompt_tokens, response_tokens=2
-    )
+        "test-1", 1.0, {"solved": 1.0}, 1, "answer", prompt_tokens=found[1].prompt_tokens, response_tokens=2,
+        messages=[{"role": "assistant", "reasoning_content": "", "content": "3", "tool_calls": []}],
+    )  # fmt: skip
     assert found[1].prompt_tokens == len(engine.sessions[0].prompts[1])
     assert [len(session.prompts) for session in engine.sessions] == [3, 1]
 
