@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -223,8 +224,13 @@ class CheckpointedTrainer(Trainer):
             failed = agree(self._no_space(folder))
             if failed:
                 raise ValueError(f"no room for a checkpoint in {folder}: {failed[0]}; make room, or save elsewhere")
-        with self._sigterm():
-            output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        try:
+            with self._sigterm():
+                output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        finally:
+            for callback in self.callback_handler.callbacks:  # what is said next begins a line of its own
+                if bar := getattr(callback, "training_bar", None):
+                    bar.close()
         if self._stopping or self._signalled:
             raise Terminated(f"stopped by SIGTERM after step {self.state.global_step}; {self.how_to_resume}")
         return output
@@ -236,27 +242,19 @@ class CheckpointedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """A whole checkpoint of this step, or RunStopped and no trace of one; older ones go last."""
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        error: Exception | None = None
-        try:
-            self._write_checkpoint(folder, model, trial)
-        except Exception as raised:
-            error = raised
-            if self.args.should_save and read_mark(folder) is None:
-                remove(folder)
-            if self._saves_together():  # the others wait in a collective of the save: the launcher ends them
-                raise self._not_saved(folder, str(error)) from error
-        failed = agree(error)
-        if failed:
-            if self.args.should_save and read_mark(folder) is None:
-                remove(folder)
-            raise self._not_saved(folder, failed[0]) from error
-        if self.args.should_save:
-            flush_folder(folder)
-            mark = self._mark(folder)
-            write_whole(folder / MARK, json.dumps(asdict(mark)))
-            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        for work in (partial(self._write_checkpoint, folder, model, trial), partial(self._seal, folder)):
+            error: Exception | None = None
+            try:
+                work()
+            except Exception as raised:
+                error = raised
+            alone = error is not None and self._saves_together()  # the others wait in the save: the launcher ends them
+            failed = [str(error)] if alone else agree(error)
+            if failed:
+                if self.args.should_save and read_mark(folder) is None:
+                    remove(folder)
+                raise self._not_saved(folder, failed[0]) from error
 
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if not any(gather_object([read_mark(folder) is not None])):  # else only the rollouts can be new
@@ -277,6 +275,12 @@ class CheckpointedTrainer(Trainer):
         replace_file(folder / buffer_name(process), lambda path: save_groups(path, self.buffer))
         tally = {"steps": self._steps, "sums": self.sums, "meter": self.meter.sums, "totals": self.totals.sums}
         replace_file(folder / tally_name(process), lambda path: torch.save(tally, path))
+
+    def _seal(self, folder: Path) -> None:
+        if self.args.should_save:
+            flush_folder(folder)
+            write_whole(folder / MARK, json.dumps(asdict(self._mark(folder))))
+            rotate(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _mark(self, folder: Path) -> Mark:
         args = self.args
@@ -333,8 +337,8 @@ class CheckpointedTrainer(Trainer):
         self._taken = sum(map(len, self.buffer))
         self.sums, self.meter, self.totals, self._steps = {}, Meter(), Meter(), 0
         for process in range(self.args.process_index, mark.world_size, now.world_size):
-            tally = torch.load(checkpoint / tally_name(process), weights_only=True, map_location=self.args.device)
-            add_metrics(self.sums, tally["sums"])
+            tally = torch.load(checkpoint / tally_name(process), weights_only=True, map_location="cpu")
+            add_metrics(self.sums, {name: value.to(self.args.device) for name, value in tally["sums"].items()})
             for meter, name in ((self.meter, "meter"), (self.totals, "totals")):
                 meter.merge(Meter.of(tally[name]))
             self._steps = tally["steps"]

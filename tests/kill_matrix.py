@@ -165,8 +165,9 @@ def launch(folder: Path, arguments: Sequence[str], sabotage: Callable[[], None] 
     """Start ``pact`` in ``folder``, a process group of its own; returns its process id."""
     pid = os.fork()
     if pid:
+        os.setpgid(pid, pid)  # here too: the child may be killed before it gets to it
         return pid
-    os.setsid()
+    os.setpgid(0, 0)
     os.chdir(folder)
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
