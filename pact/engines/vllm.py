@@ -7,7 +7,7 @@ corrected there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -189,6 +189,24 @@ def check_open(
         raise ValueError("a prompt is empty: give every row at least one token")
     if not 0 <= stop_id < vocab_size:
         raise ValueError(f"stop_id {stop_id} is outside the model's vocabulary of {vocab_size}")
+
+
+def ties_head(config: PretrainedConfig) -> bool:
+    """Whether the output layer of the model is its input embedding."""
+    return bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
+
+
+def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """``weights``, and the output layer of a tied model where they leave it out: vLLM's CPU kernels keep a packed copy
+    of it, which a reload without that name leaves as it was."""
+    embedding, head = None, not tied
+    for name, tensor in weights:
+        if name.endswith("embed_tokens.weight"):
+            embedding = tensor
+        head = head or name == "lm_head.weight"
+        yield name, tensor
+    if not head and embedding is not None:
+        yield "lm_head.weight", embedding
 
 
 class Contexts:

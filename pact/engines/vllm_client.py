@@ -91,7 +91,7 @@ class VllmClient:
             ids=list(choice["token_ids"] or []),
             logp=[token["logprob"] for token in content],
             finish_reason=choice["finish_reason"],
-            weight_labels=frozenset(span["weight_version"] for span in choice["weight_versions"] or []),
+            weight_labels=frozenset(span["version"] for span in choice["weight_versions"] or []),
         )
 
     def abort(self, request_ids: list[str]) -> None:

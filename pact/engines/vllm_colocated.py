@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from pact.engines.vllm import Contexts, VllmOptions, check_open, logprobs_modes
+from pact.engines.vllm import Contexts, VllmOptions, check_open, logprobs_modes, ties_head, with_tied_head
 from pact.engines.vllm_process import save_shell
 from pact.rollout import Completion, Sampling
 
@@ -47,6 +47,7 @@ class ColocatedEngine:
                 "use vllm_mode server"
             ) from error
         self.max_batch, self.vocab_size = max_batch, config.get_text_config(decoder=True).vocab_size
+        self.tied = ties_head(config)
         self.logprobs_mode = logprobs_modes(sampling)[0]
         self.sleeps = torch.cuda.is_available()
         process = os.environ.get("RANK", "0")
@@ -89,7 +90,7 @@ class ColocatedEngine:
         """Sample with ``weights`` from now on; what was cached with others is dropped."""
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
-        rest = iter(weights)
+        rest = with_tied_head(weights, self.tied)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": rest})
         for _ in rest:  # vLLM may stop early; gathering them is a joint action of all processes
             pass

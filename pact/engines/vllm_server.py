@@ -22,7 +22,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from pact.engines.vllm import Contexts, VllmOptions, check_open, logprobs_modes
+from pact.engines.vllm import Contexts, VllmOptions, check_open, logprobs_modes, ties_head, with_tied_head
 from pact.engines.vllm_client import Answer, Refused, Unreachable, VllmClient
 from pact.engines.vllm_process import ServerProcess
 from pact.rollout import Completion, Sampling
@@ -50,6 +50,7 @@ class ServerEngine:
         sampling: Sampling,
     ) -> None:
         self.max_batch, self.vocab_size = max_batch, config.get_text_config(decoder=True).vocab_size
+        self.tied = ties_head(config)
         self.folder = Path(options.sync_folder or folder / "vllm").absolute() / "weights"
         self.dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         self.label: str | None = None  # of the weights to sample with: this run's name and their version
@@ -92,7 +93,7 @@ class ServerEngine:
 
         Raises RuntimeError, on every process, when they cannot be written or a server does not take them.
         """
-        label, rest = f"{self.run}-{version}", iter(weights)
+        label, rest = f"{self.run}-{version}", with_tied_head(weights, self.tied)
         path = self.folder / label
 
         def send() -> str:
@@ -196,10 +197,7 @@ class ServerSession:
 
 
 def write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write ``weights`` to ``folder`` as safetensors of about SHARD_BYTES each, in ``dtype`` (None: their own).
-
-    A tensor that shares its memory with an earlier one is left out: vLLM ties what the model's config ties.
-    """
+    """Write ``weights`` to ``folder`` as safetensors of about SHARD_BYTES each, in ``dtype`` (None: their own)."""
     folder.mkdir()
     for number, shard in enumerate(_shards(weights, dtype)):
         save_file(shard, folder / f"model-{number:05d}.safetensors")
@@ -209,17 +207,15 @@ def _shards(
     weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None
 ) -> Iterator[dict[str, torch.Tensor]]:
     shard: dict[str, torch.Tensor] = {}
-    size, seen = 0, set()
+    memory: set[int] = set()  # safetensors writes no two tensors that share theirs
+    size = 0
     for name, tensor in weights:
-        tensor = tensor.detach()
-        memory = (tensor.data_ptr(), tensor.shape, tensor.device)
-        if memory in seen:
-            continue
-        seen.add(memory)
-        shard[name] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
-        size += shard[name].nbytes
+        tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        shard[name] = tensor.clone() if tensor.data_ptr() in memory else tensor
+        memory.add(tensor.data_ptr())
+        size += tensor.nbytes
         if size >= SHARD_BYTES:
             yield shard
-            shard, size, seen = {}, 0, set()
+            shard, memory, size = {}, set(), 0
     if shard:
         yield shard
