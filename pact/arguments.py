@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
+from pact.engines.vllm import VllmOptions
 from pact.objective import PactConfig
 from pact.rewards import Reward
 
@@ -79,6 +80,28 @@ class PactTrainingArguments(TrainingArguments):
     num_rollouts: int = _help("rollouts a prompt; 0: none, the supervised term alone (SFT)", 4)
     rollout_batch_steps: int = _help("optimiser steps on one batch of rollouts; 1 is on-policy", 1)
     generation_batch_size: int = _help("episodes generated together", 256)
+    engine: Literal["transformers", "vllm"] = _help(
+        "what samples the rollouts: the model itself, or vLLM (docs/vllm.md)", "transformers"
+    )
+    vllm_mode: Literal["server", "colocated"] = _help(
+        "vLLM behind HTTP at vllm_url, or in every training process", "server"
+    )
+    vllm_url: str = _help("address of the vLLM server; several: separated by commas", "http://127.0.0.1:8000")
+    vllm_start: bool = _help("start the server ourselves, and stop it at the end", False)
+    vllm_devices: str | None = _help("CUDA_VISIBLE_DEVICES of that server (default: the trainer's)", None)
+    vllm_sync_folder: str | None = _help(
+        "folder for new weights that trainer and servers see; /dev/shm/NAME: memory (default: in the run's folder)",
+        None,
+    )
+    vllm_timeout: float = _help("seconds that one request to vLLM may take", 1800.0)
+    vllm_retry_seconds: float = _help("how long to wait for a server that is gone before stopping", 120.0)
+    vllm_gpu_memory_utilization: float = _help("share of GPU memory of an engine that we start", 0.4)
+    vllm_tensor_parallel_size: int = _help("GPUs of a server that we start", 1)
+    vllm_max_model_len: int | None = _help("context of an engine that we start (default: the model's)", None)
+    vllm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _help(
+        "dtype of an engine that we start, and of the weights sent", "auto"
+    )
+    vllm_enforce_eager: bool = _help("an engine that we start captures no graphs", False)
     top_p: float = _help("nucleus of sampled episodes; the temperature of rollouts is that of the objective", 1.0)
     max_turns: int = _help("assistant turns an episode", 10)
     max_turn_tokens: int = _help("sampled tokens a turn", 128)
@@ -142,6 +165,7 @@ class PactTrainingArguments(TrainingArguments):
                 "prompt) or to 0 (no rollouts: SFT)"
             )
         self.reward_options()
+        self.vllm_options()
         at_least = {
             "rollout_batch_steps": (1, "each batch of rollouts is trained on at least once"),
             "generation_batch_size": (1, "it counts episodes"),
@@ -176,6 +200,23 @@ class PactTrainingArguments(TrainingArguments):
     def reward_options(self) -> Reward:
         """The reward of the rollouts. Raises ValueError for a setting out of range."""
         return Reward(self.reward, self.match_assignment, self.match_unmatched, self.format_weight, self.answer_tags)
+
+    def vllm_options(self) -> VllmOptions:
+        """How vLLM is run. Raises ValueError for a setting out of range."""
+        return VllmOptions(
+            mode=self.vllm_mode,
+            urls=tuple(url.strip() for url in self.vllm_url.split(",")),
+            start=self.vllm_start,
+            devices=self.vllm_devices,
+            sync_folder=self.vllm_sync_folder,
+            timeout=self.vllm_timeout,
+            retry_seconds=self.vllm_retry_seconds,
+            gpu_memory_utilization=self.vllm_gpu_memory_utilization,
+            tensor_parallel_size=self.vllm_tensor_parallel_size,
+            max_model_len=self.vllm_max_model_len,
+            dtype=self.vllm_dtype,
+            enforce_eager=self.vllm_enforce_eager,
+        )
 
 
 @dataclass(frozen=True)
