@@ -170,8 +170,8 @@ def _rpc(method: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def _short(error: BaseException) -> str:
-    """The name of the exception, and what it says after the connection's own description."""
-    return f"{type(error).__name__}: {str(error).rpartition('>: ')[2] or error}"
+    """What the exception says after the connection's own description."""
+    return str(error).rpartition(": ")[2] or type(error).__name__
 
 
 def _message(data: bytes) -> str:
