@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pact.groups import Denominators, Group, PactConfig, branch_weights, supervised_components, term_weights
+from pact.modeling import Head, inside_head
 from pact.schedules import check_progress, linear, reasoning_weights
 from pact.trace import Component
 from pact_kernels import CoTrainResult, TokenTerms, cotrain_loss, linear_logprob
@@ -384,52 +385,56 @@ def check_config(config: PactConfig) -> None:
 # ---- log-probs without logits -----------------------------------------------------------------------------------
 
 
-class FusedLinear(nn.Module):
-    """`pact_kernels.linear_logprob` behind the interface of verl's ``FusedLinearForPPO`` (see `patch_fused_head`).
+def head_log_probs(
+    model: nn.Module, hidden: Tensor, labels: Tensor, temperature: float = 1.0, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of ``labels`` [...] and entropies under the LM head of ``model``, from hidden states [..., H].
 
-    Log-probs and entropies are float32 (float64 for float64 inputs), whatever the dtype of the hidden states.
+    float32 (float64 for float64 inputs), whatever the dtype of the hidden states. Runs within the head's forward, where
+    FSDP2 has its weight whole, and heeds a head's bias, scale and softcap.
     """
 
-    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch", backend: str = "auto") -> None:
-        super().__init__()
-        self.backend = backend  # chunk_size and impl_backend are verl's: the operator chooses its own chunks
-
-    def forward(
-        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """hidden_states [..., H], vocab_weights [V, H], input_ids [...] -> log-probs and entropies [...]."""
-        out = linear_logprob(
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            vocab_weights,
-            input_ids.reshape(-1),
-            temperature=temperature,
-            entropy=True,
-            backend=self.backend,
-        )
+    def of_head(rows: Tensor, head: Head) -> Tensor:
+        options = head.options(temperature)
+        out = linear_logprob(rows, head.weight, labels.reshape(-1), entropy=True, backend=backend, **options)
         assert out.entropy is not None
-        return out.logp.view(input_ids.shape), out.entropy.view(input_ids.shape)
+        return torch.stack([out.logp, out.entropy])
+
+    logp, entropy = inside_head(model, hidden.reshape(-1, hidden.shape[-1]), of_head)
+    return logp.view(labels.shape), entropy.view(labels.shape)
 
 
 def patch_fused_head(backend: str = "auto") -> Callable[[], None]:
-    """Put `FusedLinear` where verl's models look up ``FusedLinearForPPO``; call in every training process.
+    """Put `head_log_probs` in the place of verl's fused torch head for text models; call before models are built.
 
     verl takes that way with ``actor_rollout_ref.model.use_fused_kernels=True`` and
-    ``actor_rollout_ref.model.fused_kernel_options.impl_backend=torch``; its logits are then never formed.
+    ``actor_rollout_ref.model.fused_kernel_options.impl_backend=torch``; logits are then never formed.
 
     Returns:
-        A function that puts verl's own back.
+        A function that lets models built later have verl's own again.
     """
-    module: Any = importlib.import_module("verl.utils.experimental.torch_functional")
-    before = module.FusedLinearForPPO
+    module: Any = importlib.import_module("verl.models.transformers.dense_common")
+    before = module.forward_with_torch_backend
 
-    class Patched(FusedLinear):
-        def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
-            super().__init__(chunk_size, impl_backend, backend)
+    def forward_with_pact_head(
+        self: nn.Module,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        temperature: float = 1.0,
+        return_dict: bool | None = True,
+        **inputs: Any,
+    ) -> Any:
+        hidden = module.forward_base_model(self, input_ids=input_ids, **inputs)[0]
+        if shift_labels is None:
+            shift_labels = torch.roll(input_ids if labels is None else labels, shifts=-1, dims=-1)
+        log_probs, entropy = head_log_probs(self, hidden, shift_labels, temperature, backend)
+        return module.CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy)
 
-    module.FusedLinearForPPO = Patched  # looked up by name at every forward
+    module.forward_with_torch_backend = forward_with_pact_head  # verl imports it anew for each model
 
     def undo() -> None:
-        module.FusedLinearForPPO = before
+        module.forward_with_torch_backend = before
 
     return undo
 

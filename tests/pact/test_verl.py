@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import make_config, make_groups, make_model, reference_of, with_logprobs
+from verl_rows import all_rows, columns_of
 
 from pact.groups import Denominators
 from pact.integrations.verl import (
@@ -14,15 +15,14 @@ from pact.integrations.verl import (
     TRACE_CONTEXT,
     WEIGHT,
     ActorLoss,
-    FusedLinear,
     check_config,
     count_denominators,
     expert_row,
     group_of,
+    head_log_probs,
     padded_columns,
     padded_loss,
     policy_loss,
-    rollout_rows,
 )
 from pact.objective import PactConfig, PactObjective
 from pact_kernels.terms import RL, TRACE_BRANCH
@@ -35,43 +35,15 @@ def model():
     return reference_of(make_model())
 
 
-def all_rows(groups, config, progress):
-    """(row, its rollout or None, its branch) of every group, expert rows between rollouts as verl mixes them."""
-    made = []
-    for group in groups:
-        expert = expert_row(group, config, progress)
-        if expert is not None:
-            made.append((expert, None))
-        rows = rollout_rows(group, config, draw=0.5)
-        per_rollout = len(rows) // max(len(group.rollouts), 1)
-        made += [(row, group.rollouts[i // per_rollout]) for i, row in enumerate(rows)]
-    return made
-
-
 def padded(rows):
     """Rows -> the columns that verl would hold, right-padded to the longest response; garbage in the padding."""
     width = max(len(row.response_ids) for row, _ in rows)
-
-    def column(values_of, fill=0.0):
-        return torch.tensor([(v := list(values_of(*pair))) + [fill] * (width - len(v)) for pair in rows]).double()
-
-    def logps(field):
-        def values(row, rollout):
-            if rollout is None:
-                return [math.inf] * len(row.response_ids)  # what nobody may read
-            return getattr(rollout, field)["trace" if row.columns[TRACE_CONTEXT][0] else "prompt"]
-
-        return values
-
+    fill = {"old_log_probs": math.nan, "ref_log_prob": math.nan}
     columns = {
-        "response_mask": column(lambda row, _: row.mask).long(),
-        "old_log_probs": column(logps("old_logp"), fill=math.nan),
-        "advantages": column(lambda row, rollout: [7.0] * len(row.mask) if rollout is None else rollout.advantage),
-        **{name: column(lambda row, _, name=name: row.columns[name]) for name in COLUMNS},
+        name: torch.tensor([[*row, *[fill.get(name, 0.0)] * (width - len(row))] for row in values]).double()
+        for name, values in columns_of(rows).items()
     }
-    if all(rollout is None or rollout.ref_logp for _, rollout in rows):
-        columns["ref_log_prob"] = column(logps("ref_logp"))
-    return columns
+    return columns | {"response_mask": columns["response_mask"].long()}
 
 
 def dense_log_probs(model, rows, temperature=1.0):
@@ -276,24 +248,17 @@ def test_wrong_batches_are_refused():
     assert group_of([1], [2], [1, 2], context_ids=[5]).context_ids == [5]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_fused_linear_is_log_softmax(dtype):
-    torch.manual_seed(1)
-    hidden = torch.randn(2, 5, 16, dtype=dtype, requires_grad=True)
-    weight = torch.randn(37, 16, dtype=dtype, requires_grad=True)
-    ids = torch.randint(37, (2, 5))
-    logp, entropy = FusedLinear()(hidden, weight, ids, temperature=0.7)
-    assert logp.shape == entropy.shape == (2, 5)
-    exact = [operand.detach().double().requires_grad_() for operand in (hidden, weight)]
-    logits = (exact[0] @ exact[1].T / 0.7).log_softmax(-1)
-    wanted = logits.gather(-1, ids[..., None])[..., 0], -(logits.exp() * logits).sum(-1)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-4}[dtype]
-    for ours, theirs in zip((logp, entropy), wanted):
-        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
-    (logp.sum() - 0.3 * entropy.square().sum()).backward()
-    (wanted[0].sum() - 0.3 * wanted[1].square().sum()).backward()
-    for ours, theirs in zip((hidden, weight), exact):
-        loose = 2e-2 if dtype == torch.bfloat16 else 10 * tolerance
-        torch.testing.assert_close(
-            ours.grad.double(), theirs.grad, rtol=loose, atol=loose * float(theirs.grad.abs().max())
-        )
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_the_fused_head_is_log_softmax(architecture):
+    lm = make_model(architecture)
+    hidden = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(61, (2, 5))
+    found = head_log_probs(lm, hidden, labels, temperature=0.7)
+    logits = (lm.lm_head(hidden) / 0.7).log_softmax(-1)
+    expected = logits.gather(-1, labels[..., None])[..., 0], -(logits.exp() * logits).sum(-1)
+    parameters = [hidden, lm.lm_head.weight]
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    sums = [logp.sum() - 0.3 * entropy.square().sum() for logp, entropy in (found, expected)]
+    for ours, theirs in zip(*(torch.autograd.grad(total, parameters) for total in sums)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
