@@ -203,7 +203,6 @@ def run(argv: Sequence[str]) -> None:
         if trainer.is_world_process_zero():
             (state.folder / EVAL_FINAL).unlink(missing_ok=True)  # of a run that goes on beyond its end
         trainer.accelerator.wait_for_everyone()
-        args.eval_on_start = args.eval_on_start and checkpoint is None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = _evaluation(trainer, state.folder / EVAL_FINAL, metrics)
     main, wait = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone

@@ -26,7 +26,6 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from pact.arguments import PactTrainingArguments
-from pact.checkpoints import CheckpointedTrainer
 from pact.distributed import (
     Snapshot,
     assign,
@@ -44,6 +43,7 @@ from pact.groups import term_weights
 from pact.metrics import add_metrics
 from pact.modeling import attach_tree_attention, evaluating
 from pact.objective import Denominators, Group, PactConfig, PactObjective, flatten_metrics
+from pact.recovery import CheckpointedTrainer
 from pact.reporting import Meter, RewardPrinter, RewardProgress
 from pact.rollout import CallRules, RolloutLimits, Sampling, Trajectory, run_rollouts
 from pact.samples import (
@@ -242,8 +242,7 @@ class PactTrainer(CheckpointedTrainer):
             dealt = [self.deal(micro[i : i + num_batches]) for i in range(0, len(micro), num_batches)]
             self.attach_logprobs([group for step in dealt for batch in step for group in batch])
             self.buffer.extend(dealt)
-        step = self.current = self.buffer.popleft()
-        self._steps += 1
+        step = self.take_step()
         mine = self.objective.denominators([group for batch in step for group in batch])
         every = self.accelerator.reduce(
             torch.tensor([mine.rl, mine.sft], dtype=torch.float64, device=self.args.device), reduction="sum"
@@ -263,20 +262,10 @@ class PactTrainer(CheckpointedTrainer):
         """Play ``num_rollouts`` episodes of every task and turn them, with the traces, into groups to train on."""
         if not self._plays(self.args):
             return [self._example(task, reads=False) for task in tasks]
-        args, start = self.args, time.perf_counter()
+        start = time.perf_counter()
         episodes = self.act(lambda: self.generate(tasks))
         seconds = time.perf_counter() - start
-        episodes = self.act(
-            lambda: [
-                with_reward(task, attempts, self.scoring, self.processing_class, self.rules.form)
-                for task, attempts in zip(tasks, episodes, strict=True)
-            ]
-        )
-        estimator = Estimator(args.advantage, args.turn_discount, args.dual_combine)
-        groups = [
-            rl_group(task, attempts, self.processing_class, estimator, self.config)
-            for task, attempts in zip(tasks, episodes, strict=True)
-        ]
+        episodes, groups = self.act(lambda: self.score(tasks, episodes))
         self._meter_episodes(episodes, seconds)
         self._warn_of_no_signal(groups)
         for task, group in zip(tasks, groups, strict=True):
@@ -284,6 +273,17 @@ class PactTrainer(CheckpointedTrainer):
         generator = torch.Generator().manual_seed(self.stream("branch").getrandbits(63))
         self.objective.assign_branches(groups, generator, self.places(len(tasks)))
         return groups
+
+    def score(self, tasks: list[Task], episodes: list[list[Trajectory]]) -> tuple[list[list[Trajectory]], list[Group]]:
+        """The episodes with the rewards that are trained on, and their groups."""
+        args, tokenizer = self.args, self.processing_class
+        estimator = Estimator(args.advantage, args.turn_discount, args.dual_combine)
+        episodes = [
+            with_reward(task, attempts, self.scoring, tokenizer, self.rules.form)
+            for task, attempts in zip(tasks, episodes, strict=True)
+        ]
+        pairs = zip(tasks, episodes, strict=True)
+        return episodes, [rl_group(task, attempts, tokenizer, estimator, self.config) for task, attempts in pairs]
 
     def _example(self, task: Task, reads: bool) -> Group:
         """The trace as a target and no rollouts; also shown in the prompt when the policy ``reads`` it and it fits."""
@@ -464,8 +464,12 @@ class PactTrainer(CheckpointedTrainer):
         mine = tasks[self.args.process_index :: self.args.world_size]
         sampling = Sampling(self.args.eval_temperature, self.args.top_p)
         options: Any = {"limits": self.limits, "sampling": sampling, "rules": self.rules}
-        with self.accelerator.autocast(), whole_weights(self.accelerator, self.model):
-            records = evaluate(self.engine, self.env, self.processing_class, mine, **options) if mine else []
+
+        def played() -> list[EpisodeRecord]:
+            with self.accelerator.autocast(), whole_weights(self.accelerator, self.model):
+                return evaluate(self.engine, self.env, self.processing_class, mine, **options) if mine else []
+
+        records = self.act(played, evaluation=True)
         by_id = {record.id: record for record in gather_object(records)}
         self.records, self.records_step = [by_id[task.id] for task in tasks], self.state.global_step
         return self.records

@@ -27,7 +27,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer
 
-from pact import checkpoints, cli, reporting, train
+from pact import checkpoints, cli, recovery, reporting, train
 from pact.envs.toybox_text import build_tokenizer
 from pact.reporting import MetricsWriter, read_metrics
 
@@ -119,7 +119,7 @@ def rewriting(name: str) -> Callable[[], None]:
 MOMENTS: dict[str, Sequence[Callable[[], None]]] = {
     "config.yaml is being written": [rewriting(train.CONFIG_FILE)],
     "warm-start checkpoint without its mark": [
-        lambda: before(checkpoints, "flush_folder", in_checkpoint(3, train.WARM_START))
+        lambda: before(recovery, "flush_folder", in_checkpoint(3, train.WARM_START))
     ],
     "last warm-start checkpoint being saved": [
         lambda: before(Trainer, "_save_rng_state", in_checkpoint(4, train.WARM_START))
@@ -127,12 +127,10 @@ MOMENTS: dict[str, Sequence[Callable[[], None]]] = {
     "first evaluation logged, not saved": [lambda: before(train, "save_records")],
     "between model and optimiser": [lambda: before(Trainer, "_save_optimizer_and_scheduler", in_checkpoint(6))],
     "between state and rollouts": [
-        lambda: before(checkpoints, "save_groups", lambda path, steps: in_checkpoint(6)(path.parent))
+        lambda: before(recovery, "save_groups", lambda path, steps: in_checkpoint(6)(path.parent))
     ],
-    "before the mark": [lambda: before(checkpoints, "flush_folder", in_checkpoint(6))],
-    "between mark and rotation": [
-        lambda: before(checkpoints, "rotate", lambda run, *_: (run / "checkpoint-6" / checkpoints.MARK).exists())
-    ],
+    "before the mark": [lambda: before(recovery, "flush_folder", in_checkpoint(6))],
+    "between mark and rotation": [lambda: before(recovery, "rotate", in_checkpoint(6))],
     "the old checkpoint half removed": [
         lambda: before(checkpoints, "remove", lambda path: checkpoints.read_mark(path) is not None, half_removed)
     ],

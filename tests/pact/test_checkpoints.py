@@ -17,10 +17,12 @@ import torch
 from trainer_setup import largest_difference, make_trainer, weights
 
 from pact import checkpoints, cli, train
-from pact.checkpoints import MARK, Mark, RunStopped, Terminated, check_resumable, last_whole, read_mark, rotate
+from pact.checkpoints import MARK, Mark, check_resumable, last_whole, read_mark, rotate
 from pact.files import replace_folder, write_whole
 from pact.objective import PactConfig
+from pact.recovery import RunStopped, Terminated
 from pact.reporting import MetricsWriter, read_metrics
+from pact_kernels.terms import SFT
 
 TESTS = Path(__file__).parents[1]
 SETTINGS = {
@@ -31,6 +33,9 @@ SETTINGS = {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "linear",
     "logging_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "eval_tasks": 2,
     "save_strategy": "steps",
     "save_steps": 100,  # and at the end
 }
@@ -117,7 +122,7 @@ def test_a_dead_engine_leaves_a_checkpoint_to_go_on_from(tmp_path, whole):
         trainer.train()
     assert isinstance(caught.value.__cause__, ConnectionError)
     assert str(caught.value) == (
-        "playing episodes for step 3 failed: the server is gone. Nothing was updated: the state before it is in "
+        "playing episodes for step 3 failed: the server is gone. The state before that is in "
         f"{tmp_path}/checkpoint-2; continue with: the checkpoint"
     )
     goes_on_as(whole, tmp_path)
@@ -126,7 +131,7 @@ def test_a_dead_engine_leaves_a_checkpoint_to_go_on_from(tmp_path, whole):
 def test_an_engine_dead_from_the_start_leaves_nothing(tmp_path):
     trainer = trainer_in(tmp_path)
     trainer.engine.open = at_call(1, fail, trainer.engine.open)
-    assert "nothing was trained yet" in stopped(trainer)
+    assert "Nothing was trained yet" in stopped(trainer)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
@@ -141,20 +146,36 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_keeps_the_rollouts(tmp_pa
         if trainer.state.global_step < 2:
             return result
         loss = result.metrics["loss"].clone()
-        loss[checkpoints.SFT] = torch.nan
+        loss[SFT] = torch.nan
         return replace(result, loss=result.loss * torch.nan, metrics={**result.metrics, "loss": loss})
 
     trainer.objective.loss = spoiled
     message = stopped(trainer)
-    assert message.startswith("the SFT loss of step 3 is not finite: lower learning_rate or max_grad_norm. Nothing was")
+    assert message.startswith(
+        "the SFT loss of step 3 is not finite: lower learning_rate or max_grad_norm. The state before"
+    )
     assert f"{tmp_path}/checkpoint-2; continue with" in message
     assert read_mark(tmp_path / "checkpoint-2").buffered == 2
     resumed = trainer_in(tmp_path, save_steps=save_steps)
-    resumed.engine.open = at_call(1, lambda: played.append(resumed.state.global_step), resumed.engine.open)
-    played = []
+    opened, played = resumed.engine.open, []
+    resumed.engine.open = lambda *args, **options: played.append(resumed.state.global_step) or opened(*args, **options)
     resumed.train(resume_from_checkpoint=True)
-    assert played == [4]  # the rollouts of steps 3 and 4 were kept
+    assert played[0] == 4  # the evaluation: the rollouts of steps 3 and 4 were kept
     assert largest_difference(whole[0], weights(resumed)) == 0.0
+
+
+def test_a_step_that_fails_leaves_a_checkpoint(tmp_path, whole):
+    trainer = trainer_in(tmp_path)
+    trainer.objective.build = at_call(6, fail, trainer.objective.build)  # the second micro-batch of step 3
+    assert stopped(trainer).startswith("step 3 failed: the server is gone. The state before that is in ")
+    goes_on_as(whole, tmp_path)
+
+
+def test_an_evaluation_that_fails_is_made_again(tmp_path, whole):
+    trainer = trainer_in(tmp_path)
+    trainer.engine.open = at_call(3, fail, trainer.engine.open)
+    assert stopped(trainer).startswith("the evaluation after step 4 failed: the server is gone. The state before that")
+    goes_on_as(whole, tmp_path)
 
 
 def test_a_gradient_that_is_not_finite(tmp_path, whole):
@@ -166,21 +187,31 @@ def test_a_gradient_that_is_not_finite(tmp_path, whole):
     goes_on_as(whole, tmp_path)
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, whole):
+@pytest.mark.parametrize(
+    ("at", "says"),
+    [
+        (
+            2,
+            r"checkpoint-2 could not be written \(.* free\): the weights are not finite.*\. The last whole chec",
+        ),
+        (4, r"the evaluation after step 4 failed.*The weights are not finite and were not saved. The last whole chec"),
+    ],
+)
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, whole, at, says):
     """The last whole checkpoint is named and stays, also with save_total_limit 1."""
-    trainer = trainer_in(tmp_path, save_steps=2, save_total_limit=1)
+    trainer = trainer_in(tmp_path, save_steps=1, save_total_limit=1)
     step = trainer.create_optimizer
 
     def spoiling():
         optimizer = step()
-        optimizer.step = at_call(4, lambda: next(trainer.model.parameters()).data.fill_(torch.nan), optimizer.step)
+        optimizer.step = at_call(at, lambda: next(trainer.model.parameters()).data.fill_(torch.nan), optimizer.step)
         return optimizer
 
     trainer.create_optimizer = spoiling
     message = stopped(trainer)
-    assert "checkpoint-4 could not be written: the weights are not finite" in message
-    assert f"The last whole checkpoint is {tmp_path}/checkpoint-2" in message
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert re.search(says, message)
+    assert f"{tmp_path}/checkpoint-{at - 1};" in message
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{at - 1}"]
     goes_on_as(whole, tmp_path)
 
 
@@ -192,12 +223,14 @@ def test_an_exploding_ratio(tmp_path, whole):
     goes_on_as(whole, tmp_path, max_ratio=0.0)
 
 
-@pytest.mark.parametrize(("during", "step"), [("rollouts", 2), ("backward", 3)])
+@pytest.mark.parametrize(("during", "step"), [("rollouts", 2), ("evaluation", 4), ("backward", 3)])
 def test_sigterm_leaves_a_checkpoint(tmp_path, whole, during, step):
-    """In rollouts at once, else at the end of the step."""
+    """In rollouts and evaluations at once, else at the end of the step."""
     trainer, handler = trainer_in(tmp_path), signal.getsignal(signal.SIGTERM)
     if during == "rollouts":
         trainer.engine.open = at_call(2, terminate, trainer.engine.open)
+    elif during == "evaluation":
+        trainer.engine.open = at_call(3, terminate, trainer.engine.open)
     else:
         trainer.objective.build = at_call(5, terminate, trainer.objective.build)  # the first micro-batch of step 3
     message = stopped(trainer, Terminated)
@@ -224,8 +257,8 @@ def test_what_the_command_says(tmp_path, monkeypatch, capsys):
     with_second_batch(fail)
     assert cli.main(command) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
-        "pact: error: playing episodes for step 2 failed: the server is gone. Nothing was updated: the state before it "
-        "is in runs/cut/checkpoint-1; continue with: pact train --resume cut"
+        "pact: error: playing episodes for step 2 failed: the server is gone. The state before that is "
+        "in runs/cut/checkpoint-1; continue with: pact train --resume cut"
     )
     monkeypatch.setattr(train.PactTrainer, "generate", at_call(1, terminate, generate))
     assert cli.main(["train", "--resume"]) == 143
@@ -272,8 +305,8 @@ def test_a_full_disk_costs_no_whole_checkpoint(small_disk, whole, monkeypatch):
     trainer.engine.open = at_call(2, lambda: fill(True), trainer.engine.open)
     message = stopped(trainer)
     fill(False)
-    assert f"{folder}/checkpoint-4 could not be written: " in message
-    assert f"GiB free). The last whole checkpoint is {folder}/checkpoint-2; continue with" in message
+    assert re.search(rf"^{folder}/checkpoint-4 could not be written \(\S+ GiB are free\): ", message)
+    assert message.endswith(f". The last whole checkpoint is {folder}/checkpoint-2; continue with: the checkpoint")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     goes_on_as(whole, folder)
 
@@ -294,7 +327,9 @@ def test_room_is_checked_before_the_run_and_before_a_save(tmp_path, monkeypatch)
     trainer.engine.open = at_call(
         2, lambda: monkeypatch.setattr(checkpoints.shutil, "disk_usage", almost_full), trainer.engine.open
     )
-    assert "checkpoint-4 could not be written: " in stopped(trainer)
+    assert re.search(
+        r"checkpoint-4 could not be written .*: \S+ GiB are needed and \S+ GiB are free, make", stopped(trainer)
+    )
     assert size[0] == sum(path.stat().st_size for path in (tmp_path / "checkpoint-2").iterdir() if path.name != MARK)
 
 
@@ -313,7 +348,7 @@ def test_a_final_model_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 # -- folders -----------------------------------------------------------------------------------------------------------
 
-MARKED = Mark(world_size=2, prompts=8, accumulation=2, buffered=0, only_model=False, size=1)
+MARKED = Mark(world_size=2, prompts=8, accumulation=2, buffered=0, only_model=False, evaluate=False, size=1)
 
 
 def make(folder, step, whole=True):
@@ -332,11 +367,11 @@ def test_only_whole_checkpoints_count_and_the_newest_stays(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()  # somebody's own
     assert last_whole(tmp_path).name == "checkpoint-10"
     (tmp_path / "checkpoint-11").rmdir()
-    rotate(tmp_path, None, None)
-    rotate(tmp_path, 2, None)
+    rotate(tmp_path / "checkpoint-10", None, None)
+    rotate(tmp_path / "checkpoint-9", 2, None)
     assert len(list(tmp_path.iterdir())) == 3
     make(tmp_path, 12)
-    rotate(tmp_path, 1, str(tmp_path / "checkpoint-9"))
+    rotate(tmp_path / "checkpoint-12", 1, str(tmp_path / "checkpoint-9"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-9", "checkpoint-best"]
 
 
@@ -410,7 +445,7 @@ def test_processes_stop_together(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     said = [(tmp_path / f"said-{process}").read_text() for process in range(2)]
     assert said[0] == said[1]
-    assert said[0].startswith("playing episodes for step 2 failed: process 1: the server is gone. Nothing was updated")
+    assert said[0].startswith("playing episodes for step 2 failed: process 1: the server is gone. The state before")
     mark = read_mark(tmp_path / "checkpoint-4")
     assert (mark.world_size, mark.prompts) == (2, 8)
     assert (tmp_path / "checkpoint-4" / "rollouts_1.pt").exists()

@@ -22,6 +22,7 @@ from trainer_setup import (
 from pact.arguments import PactTrainingArguments
 from pact.envs.base import Score, Task
 from pact.objective import PactConfig, flatten_metrics
+from pact.recovery import RunStopped
 from pact.reporting import Meter, MetricsWriter, read_metrics
 from pact.rollout import Trajectory
 from pact.samples import Estimator, load_groups, save_groups
@@ -162,7 +163,7 @@ def test_a_reward_that_is_not_finite_names_the_task(tmp_path):
     class Broken(SteeredTrainer):
         reward = math.nan
 
-    with pytest.raises(ValueError, match=r"task 'train-\d' got the reward"):
+    with pytest.raises(RunStopped, match=r"task 'train-\d' got the reward"):
         make_trainer(tmp_path, kind=Broken).train()
 
 
