@@ -379,11 +379,12 @@ class PactObjective:
     def _score(self, model: nn.Module, paths: Sequence[Sequence[Path]]) -> Iterator[tuple[int, int, NDArray]]:
         """(group, path, log-probs of the path's targets) for every path, tree by tree."""
         plans = plan_forwards(paths, self.config.token_budget, self._trees if self.config.one_pass else None)
+        idle = self.idle(len(plans))  # agreed on first: what follows is work of all processes too
         for plan in plans:
             logp = self._logprobs(model, plan)
             for (g, p), values in zip(plan.members, plan.per_path(logp)):
                 yield g, p, values
-        for batch in self.idle(len(plans)):
+        for batch in idle:
             self._logprobs(model, batch.plan)
 
     def _logprobs(self, model: nn.Module, plan: ForwardPlan) -> Tensor:
