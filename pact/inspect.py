@@ -175,11 +175,14 @@ def run(argv: Sequence[str]) -> None:
     terminal = sys.stdout.isatty()
     colour = terminal and not options.no_color and not os.environ.get("NO_COLOR")
     width = shutil.get_terminal_size().columns if terminal else PLAIN_WIDTH
-    for number, shown in enumerate(displays):
-        if number:
-            print()
-        for line in draw(shown, progress=options.progress, colour=colour, width=width):
-            print(line)
+    try:
+        for number, shown in enumerate(displays):
+            print(end="\n" if number else "")
+            for line in draw(shown, progress=options.progress, colour=colour, width=width):
+                print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough (head, less)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tasks_of_run(folder: Path) -> Sequence[Task]:

@@ -207,21 +207,24 @@ def _view_rollout(attempt: Attempt, tokenizer: PreTrainedTokenizerBase) -> Rollo
     sampled: list[int] = []
     exact = True
     replies: list[Message] = []
-    for message in [*check_messages(attempt.messages, "rollout"), None]:
-        if message is not None and message["role"] != "assistant":
-            replies.append(message)
+    for message in check_messages(attempt.messages, "rollout") if attempt.messages else []:
+        if message["role"] != "assistant":
+            replies.append(message)  # those after the last turn were never given to the policy
             exact = exact and message.get("name") != "error"
             continue
-        if message is None:  # the messages after the last turn were never given to the policy
-            break
         if replies:
             seen = render_observation(replies, tokenizer)
-            ids, component = ids + seen, component + [int(Component.OBSERVATION)] * len(seen)
-            segment, sampled, replies = segment + [-1] * len(seen), sampled + [0] * len(seen), []
+            ids += seen
+            component += [int(Component.OBSERVATION)] * len(seen)
+            segment += [-1] * len(seen)
+            sampled += [0] * len(seen)
+            replies = []
         turn = _turn(message, tokenizer)
+        ids += turn.ids
+        component += turn.component
+        segment += turn.segment
+        sampled += [1] * len(turn.ids)
         exact = exact and not message.get("cut")
-        ids, component, segment = ids + turn.ids, component + turn.component, segment + turn.segment
-        sampled = sampled + [1] * len(turn.ids)
     return RolloutView(attempt, TokenizedTrace(ids, component, segment), sampled, exact)
 
 
@@ -264,17 +267,22 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
 
     Each is decoded behind the tokens before it, as some vocabularies drop a blank at the start of what they decode.
     """
-    decode = tokenizer.backend_tokenizer.decode
+    known: dict[tuple[int, ...], str] = {}  # the same few tokens come again and again
+
+    def decode(start: int, end: int) -> str:
+        key = tuple(ids[start:end])
+        if key not in known:
+            known[key] = tokenizer.backend_tokenizer.decode(list(key), skip_special_tokens=False)
+        return known[key]
+
     texts = [""] * len(ids)
-    context, start = 0, 0  # of what is decoded, and of the tokens that have no text yet
-    before = ""
+    before = start = 0  # of the tokens decoded in front, and of those that have no text yet
     for place in range(len(ids)):
-        whole = decode(list(ids[context : place + 1]), skip_special_tokens=False)
+        whole = decode(before, place + 1)
         if whole.endswith("\ufffd") and place + 1 - start < MAX_CHARACTER_TOKENS and place + 1 < len(ids):
             continue
-        texts[place] = whole[len(before) :]
-        context, start = start, place + 1
-        before = decode(list(ids[context:start]), skip_special_tokens=False)
+        texts[place] = whole[len(decode(before, start)) :]
+        before, start = start, place + 1
     return texts
 
 
@@ -367,6 +375,7 @@ def _nodes(sequences: Sequence[NDArray[np.int64]], parts: Sequence[list[tuple[st
         below[index.numpy()] += 1
         first = np.cumsum([0, *(n for _, n in of)])[:-1]
         begins[index.numpy()[first[first < len(index)]]] = True
+        begins[int(index[-1]) + 1 : int(index[-1]) + 2] = True  # where this sequence has ended
     labels: dict[int, list[str]] = {}  # by the place of a stretch's first token
     for index, of in zip(tree.index, parts):
         ends = np.cumsum([n for _, n in of])

@@ -42,7 +42,7 @@ class _Visible(dict):
     def __missing__(self, code: int) -> str:
         character = chr(code)
         if character != "\n" and (unicodedata.category(character) in _UNSEEN or _FILLERS.match(character)):
-            character = chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else f"⟨U+{code:04X}⟩"
+            character = f"⟨U+{code:04X}⟩"
         self[code] = character
         return character
 
@@ -53,8 +53,8 @@ _VISIBLE = _Visible()
 def visible(text: str) -> str:
     """``text`` with every character that would not show, or would change how others show, spelled out.
 
-    Controls become their pictures (an escape is ``␛``), bidirectional and zero-width characters, separators, tags, lone
-    surrogates and the like ``⟨U+202E⟩``. Line feeds stay. What comes out is safe to print.
+    An escape becomes ``⟨U+001B⟩``; so do controls, bidirectional and zero-width characters, separators, tags, lone
+    surrogates and the like. Line feeds stay. What comes out is safe to print.
     """
     return text.translate(_VISIBLE)
 
@@ -75,7 +75,7 @@ def draw(shown: Display, *, progress: float, colour: bool, width: int) -> Iterat
     yield _legend(colour)
     for section in shown.sections:
         yield ""
-        yield _bold(f"{section.title}: {counts(section.tokens)}", colour)
+        yield _bold(f"{one_line(section.title)}: {counts(section.tokens)}", colour)
         if section.note:
             yield f"({section.note})"
         for run in section.runs:
