@@ -32,6 +32,10 @@ class Unreachable(Exception):
 class Refused(RuntimeError):
     """The server understood and said no (4xx): another attempt would hear the same."""
 
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
 
 @dataclass(frozen=True)
 class ServerInfo:
@@ -69,6 +73,7 @@ class VllmClient:
             models = self._call("GET", "/v1/models", timeout=PROBE_SECONDS)
             config = self._call("GET", "/server_info?config_format=json", timeout=4 * PROBE_SECONDS)["vllm_config"]
             self._call("GET", "/weight_info", timeout=PROBE_SECONDS)
+            self._probe("/inference/v1/generate")
         except Unreachable as error:
             raise ValueError(f"no vLLM server answers at {self.url} ({error}): start it, or set vllm_url") from error
         except Refused as error:
@@ -141,6 +146,14 @@ class VllmClient:
         """Close the idle connections."""
         self._pool.clear()
 
+    def _probe(self, path: str) -> None:
+        """Raises Refused for a route that is not there or closed; an empty request to an open one is a bad request."""
+        try:
+            self._call("POST", path, {}, timeout=PROBE_SECONDS)
+        except Refused as error:
+            if error.status in (403, 404):
+                raise
+
     def _call(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
         """One request; the JSON of its answer."""
         try:
@@ -158,7 +171,8 @@ class VllmClient:
         if response.status >= 500:
             raise Unreachable(f"{path.partition('?')[0]} answered {response.status}: {_message(response.data)}")
         if response.status >= 400:
-            raise Refused(f"{path.partition('?')[0]} answered {response.status}: {_message(response.data)}")
+            message = f"{path.partition('?')[0]} answered {response.status}: {_message(response.data)}"
+            raise Refused(message, response.status)
         try:
             return json.loads(response.data or b"null")
         except ValueError as error:

@@ -54,6 +54,7 @@ class ColocatedEngine:
         with _kept_random_state():
             self.llm = LLM(
                 model=str(save_shell(config, tokenizer, folder / "vllm" / f"process-{process}")),
+                runner="generate",
                 load_format="dummy",
                 generation_config="vllm",
                 dtype=options.dtype,

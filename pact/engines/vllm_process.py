@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import importlib.util
 import os
 import signal
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pact.engines.vllm import VllmOptions
 
@@ -24,7 +26,9 @@ LEASHED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.
 
 def save_shell(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """``folder/model`` with what vLLM builds an engine from: config and tokenizer, no weights."""
-    model = folder / "model"
+    model, config = folder / "model", copy.deepcopy(config)
+    # A model that was built from its config has no such line, and vLLM would take it for one that embeds.
+    config.architectures = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(model)
     tokenizer.save_pretrained(model)
     return model
@@ -35,6 +39,7 @@ def server_arguments(options: VllmOptions, model: Path, logprobs_mode: str) -> l
     url = urlsplit(options.urls[0])
     arguments = [
         *("--model", str(model), "--load-format", "dummy", "--generation-config", "vllm"),
+        *("--runner", "generate"),
         *("--host", url.hostname or "127.0.0.1", "--port", str(url.port or 8000)),
         *("--logprobs-mode", logprobs_mode, "--enable-prefix-caching", "--enable-scale-out"),
         *("--dtype", options.dtype, "--gpu-memory-utilization", str(options.gpu_memory_utilization)),

@@ -5,6 +5,7 @@ The servers' own scheduling and prefix cache do the batching; nothing here knows
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import threading
 import uuid
@@ -74,6 +75,7 @@ class ServerEngine:
                     "prompt again: start it with --enable-prefix-caching"
                 )
         self.context_length: int | None = min(info.context_length for info in infos)
+        atexit.register(self.close)
         self.logprobs_mode = infos[0].logprobs_mode if len({info.logprobs_mode for info in infos}) == 1 else modes[0]
 
     def open(
@@ -121,7 +123,8 @@ class ServerEngine:
                 client.load(path, self.label)
 
     def close(self) -> None:
-        """Stop the server that was started here and remove the files of weights."""
+        """Stop the server that was started here and remove the files of weights; done at exit where nobody calls it."""
+        atexit.unregister(self.close)
         for client in self.clients:
             client.close()
         if self.process is not None:

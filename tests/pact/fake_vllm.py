@@ -29,8 +29,11 @@ class FakeVllm:
     ``calls``: the paths in their order, ``bodies``: of generate requests. ``hold``: generation waits while it is clear.
     """
 
-    def __init__(self, port=0, *, logprobs_mode="processed_logprobs", prefix_caching=True, development=True):
+    def __init__(
+        self, port=0, *, logprobs_mode="processed_logprobs", prefix_caching=True, development=True, scale_out=True
+    ):
         self.logprobs_mode, self.prefix_caching, self.development = logprobs_mode, prefix_caching, development
+        self.scale_out = scale_out
         self.faults, self.calls, self.bodies = {}, [], []
         self.hold, self.aborted = threading.Event(), set()
         self.hold.set()
@@ -85,6 +88,10 @@ class FakeVllm:
 
     def generate(self, body):
         """Sample as vLLM does: the stop id is kept, log-probs are of the sampled tokens, labels of the weights."""
+        if not self.scale_out:
+            return 403, {"error": {"message": "Scale-out endpoints are disabled"}}
+        if not body:
+            return 400, {"error": {"message": "token_ids is missing"}}
         self.bodies.append(body)
         params, context, ids, logp = body["sampling_params"], list(body["token_ids"]), [], []
         if len(context) >= CONTEXT:
@@ -102,7 +109,7 @@ class FakeVllm:
             logp.append(float(row[int(token)]))
         return 200, _choice(ids, logp, "stop" if ids[-1] == STOP else "length", sorted({first, self.label}))
 
-    def _handler(fake):  # noqa: N805 (``self`` is the handler's)
+    def _handler(fake):
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 

@@ -1,9 +1,15 @@
-"""The vLLM engine against a small server with vLLM's routes; tests/vllm has the real one."""
+"""The vLLM engine against a small server with vLLM's routes; tests/real_vllm has the real one."""
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 import threading
+from concurrent.futures import CancelledError
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,7 +203,8 @@ def test_passing_faults_are_retried(server, engine, fault):
     server.faults["/inference/v1/generate"] = [fault, fault]
     ((context, completion),) = play(engine, [[1]])[0]
     np.testing.assert_allclose(completion.logp, expected_logp(table(0), context, completion.ids), atol=1e-6)
-    assert server.count("/inference/v1/generate") == 3
+    assert len(server.bodies) == 1
+    assert server.count("/inference/v1/generate") == 1 + 3  # the first looks whether it is there
     server.faults = {"/collective_rpc": [fault], "/reset_prefix_cache": [fault]}
     engine.update([("table", table(1))], 1)
     assert server.label.endswith("-1")
@@ -231,7 +238,7 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path):
 def test_a_refusal_is_not_retried(server, engine):
     with pytest.raises(RuntimeError, match=r"answered 400: the prompt \(length 64\) is too long"):
         play(engine, [[1] * CONTEXT])
-    assert server.count("/inference/v1/generate") == 1
+    assert len(server.bodies) == 1
 
 
 def test_weights_that_cannot_be_written_are_an_error(server, tmp_path):
@@ -248,7 +255,12 @@ def test_weights_that_cannot_be_written_are_an_error(server, tmp_path):
 def test_closing_stops_what_is_under_way(server, engine):
     session = engine.open([[1], [3]], stop_id=STOP, sampling=Sampling(), seeds=[0, 1])
     server.hold.clear()
-    thread = threading.Thread(target=lambda: pytest.raises(Exception, session.generate, {}, {0: 6, 1: 6}))  # noqa: B017
+
+    def generate():
+        with pytest.raises((RuntimeError, CancelledError)):
+            session.generate({}, {0: 6, 1: 6})
+
+    thread = threading.Thread(target=generate)
     thread.start()
     eventually(lambda: len(server.bodies) == 2)
     session.close()
@@ -286,7 +298,7 @@ def test_log_probs_nobody_can_know_are_nan(engine):
         ({}, Sampling(0.7, 0.9), "set top_p 1 or temperature 1"),
         ({}, Sampling(1.0, 0.9), "start it with --logprobs-mode raw_logprobs"),
         ({}, Sampling(0.001), "temperatures of 0.01 or above"),
-        ({"start": True}, Sampling(), "vllm_start needs vLLM here"),
+        ({"start": True, "urls": ("http://127.0.0.1:9",)}, Sampling(), "vllm_start needs vLLM here"),
         ({"mode": "colocated"}, Sampling(), "needs vLLM in this environment"),
     ],
 )
@@ -300,6 +312,7 @@ def test_what_cannot_work_is_said_before_any_work(server, tmp_path, options, sam
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"scale_out": False}, "VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"),
         ({"development": False}, "VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"),
         ({"prefix_caching": False}, "--enable-prefix-caching"),
         ({"logprobs_mode": "raw_logits"}, "--logprobs-mode processed_logprobs"),
@@ -389,9 +402,33 @@ def test_a_tied_output_layer_is_sent_by_name():
     assert len(list(with_tied_head(whole, tied=True))) == 3
 
 
+def test_two_processes_share_weights_rollouts_and_errors(server, tmp_path):
+    """Gathering is joint work: it must be finished on every process, and a failure of one is known to both."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    worker = Path(__file__).with_name("vllm_worker.py")
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, server.url, tmp_path],
+            env=os.environ | places | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(processes):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert f"rank {rank} of 2: [Errno 20] Not a directory" in output
+    assert server.label.endswith("-1")
+
+
 def test_settings_reach_the_options(tmp_path):
-    flags = "--engine vllm --vllm_url http://a:1,http://b:2 --vllm_retry_seconds 7 --vllm_dtype bfloat16".split()
-    training = parse_settings(flags).training
+    flags = {"engine": "vllm", "vllm_url": "http://a:1,http://b:2", "vllm_retry_seconds": 7, "vllm_dtype": "bfloat16"}
+    training = parse_settings([f"--{name}={value}" for name, value in flags.items()]).training
     assert training.engine == "vllm"
     options = training.vllm_options()
     assert options == VllmOptions(urls=("http://a:1", "http://b:2"), retry_seconds=7.0, dtype="bfloat16")
