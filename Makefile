@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup train test sweep lint bench bfcl-gold gpu vllm kill verl
+.PHONY: setup train test sweep lint bench bfcl-gold gpu vllm kill verl kill
 setup: $(READY)
 	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the environments ftrl, toolhop and bfcl need it (Debian: apt-get install bubblewrap)"
 
@@ -69,6 +69,10 @@ $(VLLM)/.ready: pyproject.toml tests/real_vllm/requirements.py
 
 vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/real_vllm/real_vllm.py
+
+# Runs killed at fifteen delicate and twenty random moments end like the one that was not. Three minutes.
+kill: setup
+	OMP_NUM_THREADS=1 $(PYTHON) -P tests/kill_matrix.py --output benchmarks/results/kill_matrix.json
 
 # Runs killed at fifteen delicate and twenty random moments end like the one that was not. Three minutes.
 kill: setup

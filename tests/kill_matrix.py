@@ -298,12 +298,15 @@ def at_moment(root: Path, name: str) -> dict[str, Any]:
 
 def at_random(root: Path, number: int, draw: random.Random, seconds: float) -> dict[str, Any]:
     folder = new_folder(root, f"random-{number}")
-    kills, times = [], []
+    kills: list[str] = []
+    times: list[float] = []
     while not kills or (len(kills) < 3 and draw.random() < 0.4):
-        after = draw.uniform(0.0, seconds)
-        if kill_after(launch(folder, command(folder)), after):
+        times.append(round(draw.uniform(0.0, seconds), 3))
+        if kill_after(launch(folder, command(folder)), times[-1]):
             kills.append(stage(folder))
-            times.append(round(after, 3))
+        else:  # it had ended: another run, and sooner
+            shutil.rmtree(folder)
+            folder, seconds, kills, times = new_folder(root, f"random-{number}"), times[-1], [], []
     finish(folder)
     return {"moment": "random", "seconds": times, "killed": kills} | {"folder": folder}
 
