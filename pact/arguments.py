@@ -49,7 +49,7 @@ class ModelArguments:
 class EnvArguments:
     """Where the tasks come from."""
 
-    env: str = _help("environment: toybox, ftrl, ...", "toybox")
+    env: str = _help("environment: toybox, ftrl, ... or FILE.py:NAME of your own", "toybox")
     data: str | None = _help("file with the environment's items (its option path)", None)
     traces: str | None = _help("file with expert traces (its option traces)", None)
     env_options: dict | str | None = field(
@@ -112,8 +112,10 @@ class PactTrainingArguments(TrainingArguments):
         "how calls are written: <tool_call> blocks, or JSON in the text", "hermes"
     )
     malformed_calls: Literal["observe", "skip"] = _help("answer a bad call with an error, or drop it", "observe")
-    reward: Literal["env", "solve_f1", "toolrl", "matchtir", "answer_f1"] = _help(
-        "reward of the rollouts; env: the environment's own, which evaluations always report", "env"
+    reward: str = _help(
+        "reward of the rollouts: env (the environment's own, which evaluations always report), solve_f1, toolrl, "
+        "matchtir, answer_f1, or FILE.py:NAME of your function",
+        "env",
     )
     match_assignment: Literal["optimal", "greedy", "transport"] = _help(
         "matchtir: how calls find gold calls", "optimal"

@@ -10,7 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import islice
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+
+from pact.own_reward import OwnReward
 
 Call = Mapping[str, Any]
 REWARDS = ("env", "solve_f1", "toolrl", "matchtir", "answer_f1")
@@ -106,6 +108,22 @@ def answer_f1(text: str, gold: str, tags: bool = True) -> float:
     predicted, expected = _words(found.group(1) if found else text), _words(gold)
     common = len(predicted & expected)
     return 2 * common / (len(predicted) + len(expected)) if common else 0.0
+
+
+def answer_match(text: str, gold: str) -> float:
+    """1 when the answer in ``text`` is ``gold``, else 0: equal without case, commas, outer blanks and a last full stop,
+    or two numbers of the same value. The answer is what the last ``<answer>...</answer>`` holds, else all of ``text``.
+
+    >>> answer_match("So: <answer>1,234.0</answer>", "1234")
+    1.0
+    >>> answer_match("It is Lyon, I think.", "Lyon")
+    0.0
+    """
+    said, wanted = (_plain((_ANSWER.findall(one) or [one])[-1]).removesuffix(".") for one in (text, gold))
+    try:
+        return float(said == wanted or float(said) == float(wanted))
+    except ValueError:  # not both are numbers
+        return 0.0
 
 
 def call_similarity(predicted: Call, gold: Call) -> float:
@@ -256,6 +274,7 @@ class Reward:
       turn without calls ``answer_f1``; the reward is their sum. As in the release a call that cannot be read is
       skipped: it counts nowhere. Not kept: there a turn that holds an ``<answer>`` loses its calls.
     - "answer_f1": ``answer_f1`` of the last turn, 0 where that makes calls.
+    - ``FILE.py:NAME`` (``package.module:NAME``): a function of the user, ``pact.own_reward.OwnReward``.
 
     Args:
         match_assignment: "optimal" | "greedy" | "transport" (see ``match_rewards``).
@@ -265,7 +284,7 @@ class Reward:
         answer_tags: the answer is what stands in ``<answer>...</answer>``; False: all of the last turn's text.
 
     Raises:
-        ValueError: an unknown name or assignment, a number that is not finite.
+        ValueError: an unknown name or assignment, a function that cannot be a reward, a number that is not finite.
         RuntimeError: the assignment is "transport" and POT is not installed.
     """
 
@@ -274,14 +293,19 @@ class Reward:
     match_unmatched: float = 0.0
     format_weight: float | None = None
     answer_tags: bool = True
+    own: OwnReward | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for setting, value, choices in (
-            ("reward", self.name, REWARDS),
-            ("match_assignment", self.match_assignment, ASSIGNMENTS),
-        ):
-            if value not in choices:
-                raise ValueError(f"unknown {setting} {value!r}: choose one of {', '.join(choices)}")
+        if ":" in self.name:
+            object.__setattr__(self, "own", OwnReward.load(self.name))
+        elif self.name not in REWARDS:
+            raise ValueError(
+                f"unknown reward {self.name!r}: choose one of {', '.join(REWARDS)}, or FILE.py:NAME of your function"
+            )
+        if self.match_assignment not in ASSIGNMENTS:
+            raise ValueError(
+                f"unknown match_assignment {self.match_assignment!r}: choose one of {', '.join(ASSIGNMENTS)}"
+            )
         for setting in ("match_unmatched", "format_weight"):
             value = getattr(self, setting)
             if value is not None and not math.isfinite(value):
@@ -297,19 +321,31 @@ class Reward:
     def missing(self, gold: Gold) -> list[str]:
         """Which fields of ``gold`` this reward needs and does not find."""
         found = {"calls": gold.calls, "answer": gold.answer, "expected": any((gold.expected or {}).values()) or None}
-        return [field for field in _NEEDS[self.name] if found[field] is None]
+        return [need for need in _NEEDS.get(self.name, ()) if found[need] is None]
 
-    def of(self, turns: Sequence[Turn], gold: Gold, own: tuple[float, Sequence[float]]) -> tuple[float, list[float]]:
+    def of(
+        self,
+        turns: Sequence[Turn],
+        gold: Gold,
+        own: tuple[float, Sequence[float]],
+        task: Any = None,
+        messages: Sequence[Mapping[str, Any]] = (),
+    ) -> tuple[float, list[float]]:
         """(reward, turn rewards) of one episode.
 
         Args:
             turns: its assistant turns, at least one.
             own: reward and turn rewards of the environment.
+            task, messages: the task and what followed its prompt; only functions of the user read them.
         """
         reward, turn_rewards = own[0], list(own[1])
         if not turns:
             raise ValueError("an episode without turns earns nothing: rewards are of episodes that were sampled")
-        if self.name == "solve_f1":
+        if self.own is not None:
+            calls = [call for turn in turns for call in turn.calls]
+            values = {"task": task, "messages": messages, "turns": turns, "calls": calls, "env_reward": own[0]}
+            reward, turn_rewards = self.own.of(task.id, len(turns), values)
+        elif self.name == "solve_f1":
             reward, turn_rewards = _solve_f1(turns, gold)
         elif self.name == "matchtir":
             turn_rewards = self._matched(turns, gold)

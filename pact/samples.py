@@ -120,7 +120,8 @@ def with_reward(
     gold, scored = gold_of(task), []
     for episode in episodes:
         own = episode.score
-        value, turn_rewards = reward.of(_turns(episode, tokenizer, form), gold, (own.reward, own.turn_rewards))
+        turns, of_env = _turns(episode, tokenizer, form), (own.reward, own.turn_rewards)
+        value, turn_rewards = reward.of(turns, gold, of_env, task, episode.messages)
         metrics = {**own.metrics, "env_reward": own.reward}
         scored.append(replace(episode, score=Score(value, turn_rewards, metrics, own.artifact)))
     return scored

@@ -104,7 +104,7 @@ def _age(path: Path) -> float:
 def _new_folder(runs: Path, settings: RunSettings, config: Path | None) -> Path:
     name = settings.training.run_name
     if name is None:
-        stem = config.stem if config else settings.env.env
+        stem = config.stem if config else settings.env.env.rpartition(":")[2].lower()
         names = [f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"]
         while (runs / names[0]).exists():
             names[0] += "+"

@@ -5,7 +5,6 @@ It samples nothing and computes no probabilities.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pact.envs.base import Message, Task
+from pact.envs.items import read_jsonl
 from pact.messages import calls_of
 from pact.rollout import Completion, Sampling
 from pact.trace import end_of_turn_id, render_prompt, render_trace
@@ -118,18 +118,13 @@ def read_scripts(path: Path) -> dict[str, list[Message]]:
     if not path.is_file():
         raise ValueError(f"there is no file {path} to replay: give JSONL with id and messages or calls")
     scripts: dict[str, list[Message]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place} is not valid JSON ({error})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-                raise ValueError(f"{place}: no id; a row is an object with id and messages or calls")
-            if row["id"] in scripts:
-                raise ValueError(f"{place}: a second script for {row['id']}; keep one a task")
-            scripts[row["id"]] = _script(place, row)
+    for number, row in read_jsonl(path):
+        place = f"{path}, line {number}"
+        if not isinstance(row.get("id"), str):
+            raise ValueError(f"{place}: no id; a row is an object with id and messages or calls")
+        if row["id"] in scripts:
+            raise ValueError(f"{place}: a second script for {row['id']}; keep one a task")
+        scripts[row["id"]] = _script(place, row)
     if not scripts:
         raise ValueError(f"{path} holds no scripts")
     return scripts

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from pact.envs.base import Message, Score, Task
 from pact.envs.items import SourceEpisode, default_workers, json_value, read_jsonl, read_rows, run_source
-from pact.messages import calls_of, check_messages
+from pact.messages import calls_of, check_messages, check_trace
 from pact.rewards import answer_f1, failed, solve_metrics, strike
 from pact.sandbox import Sandbox, ToolResult
 from pact.tools import validate_tools
@@ -165,7 +165,7 @@ class Ftrl:
 
     def _trace_file(self, path: str | Path) -> dict[int, dict[str, Any]]:
         traces: dict[int, dict[str, Any]] = {}
-        for line, trace in enumerate(read_jsonl(Path(path), "ftrl"), start=1):
+        for line, trace in read_jsonl(Path(path)):
             place, row = f"ftrl traces: {path}, line {line}", trace.get("row")
             if not isinstance(row, int) or not 0 <= row < len(self._tasks):
                 raise ValueError(f"{place}: row is {row!r}, but {self.path} has rows 0..{len(self._tasks) - 1}")
@@ -174,7 +174,7 @@ class Ftrl:
             if not trace.get("complete", True):
                 continue
             if isinstance(trace.get("messages"), list):
-                traces[row] = {"messages": trace["messages"]}
+                traces[row] = {"messages": _trace(place, trace["messages"])}
             elif "calls" in trace:
                 traces[row] = {"calls": _calls(place, trace["calls"])}
             else:
@@ -287,6 +287,14 @@ def _task(place: str, index: int, row: dict[str, Any]) -> Task:
     item = FtrlItem(codes, unsolved, row["answer"])
     group = str(row.get("data_source") or "ftrl")
     return Task(f"ftrl/{index}", messages, tools, data=item, answer=item.answer, group=group)
+
+
+def _trace(place: str, messages: list[Message]) -> list[Message]:
+    try:
+        check_trace(messages)
+    except ValueError as error:
+        raise ValueError(f"{place}, field messages: {error}") from None
+    return messages
 
 
 def _calls(place: str, value: Any) -> list[dict[str, Any]]:

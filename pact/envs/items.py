@@ -5,6 +5,7 @@ It knows no benchmark: which columns there must be and what they mean is each en
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -46,7 +47,7 @@ def read_rows(source: str | Path, env: str, required: Collection[str], json_colu
         if path.suffix == ".parquet":
             rows = _read_parquet(path, env, required, json_columns)
         else:
-            rows = read_jsonl(path, env) if path.suffix == ".jsonl" else _read_json(path, env)
+            rows = [row for _, row in read_jsonl(path)] if path.suffix == ".jsonl" else _read_json(path, env)
     elif path.is_dir() or _is_hub_id(source):
         rows = _read_dataset(str(source), env, required, json_columns)
     else:
@@ -100,23 +101,32 @@ class SourceEpisode:
         """Nothing to release: the sandbox belongs to the environment."""
 
 
-def read_jsonl(path: Path, env: str) -> list[Row]:
-    """One JSON object a line; blank lines are skipped. Raises ValueError that names the line."""
+def read_jsonl(path: Path) -> list[tuple[int, Row]]:
+    """(line number, object) of every line that is not blank. Raises ValueError that names the line."""
     if not path.is_file():
-        raise ValueError(f"{env}: there is no file {path}")
+        raise ValueError(f"there is no file {path}: give a JSONL file, one JSON object a line")
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        where = f"{path}, line {number}"
+        if line.startswith(codecs.BOM_UTF8):
+            raise ValueError(f"{where}: it begins with a byte order mark; save the file as UTF-8 without BOM")
+        try:
+            text = line.decode("utf-8")
+            if not text.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{env}: {path}, line {number} is not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{env}: {path}, line {number} is not a JSON object")
-            rows.append(row)
+            row = json.loads(text, parse_constant=_no_constant)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where}: it is not valid JSON ({error}); write one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: it is {type(row).__name__}; write one JSON object a line")
+        rows.append((number, row))
     return rows
+
+
+def _no_constant(text: str) -> None:
+    raise json.JSONDecodeError(f"{text} is no JSON number", text, 0)
 
 
 def _read_json(path: Path, env: str) -> list[Row]:

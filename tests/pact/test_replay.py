@@ -136,7 +136,7 @@ def test_script_files(tmp_path):
     ("text", "message"),
     [
         ("", "holds no scripts"),
-        ("{", "line 1 is not valid JSON"),
+        ("{", "line 1: it is not valid JSON"),
         ('{"calls": []}', "line 1: no id"),
         ('{"id": "a", "calls": []}\n' * 2, "line 2: a second script for a"),
         ('{"id": "a"}', "line 1: neither messages nor calls"),
