@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -52,7 +53,9 @@ class ServerEngine:
     ) -> None:
         self.max_batch, self.vocab_size = max_batch, config.get_text_config(decoder=True).vocab_size
         self.tied = ties_head(config)
-        self.folder = Path(options.sync_folder or folder / "vllm").absolute() / "weights"
+        # Named after the run: stable when it is resumed, and apart from other runs in the same sync_folder.
+        below = Path(options.sync_folder, folder.name) if options.sync_folder else folder / "vllm"
+        self.folder = below.absolute() / "weights"
         self.dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         self.label: str | None = None  # of the weights to sample with: this run's name and their version
         self.run = uuid.uuid4().hex
@@ -99,8 +102,13 @@ class ServerEngine:
         path = self.folder / label
 
         def send() -> str:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_weights(rest, path, self.dtype)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_weights(rest, path, self.dtype)
+            except (OSError, SafetensorError) as error:
+                raise RuntimeError(
+                    f"cannot write the weights to {self.folder} ({error}): make room, or set vllm_sync_folder"
+                ) from error
             with ThreadPoolExecutor(len(self.clients)) as pool:
                 list(pool.map(lambda client: client.retry(lambda: client.load(path, label)), self.clients))
             return label
@@ -141,7 +149,7 @@ class ServerEngine:
         try:
             if PartialState().is_main_process:
                 outcome[0] = action()
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it is: the other processes wait to hear of it
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             outcome[1] = kind(str(error))
         always()

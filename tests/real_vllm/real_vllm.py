@@ -163,7 +163,7 @@ def test_a_turn_ends_with_the_stop_id_or_at_its_limit(engine, tokenizer):
         assert turn.finished or len(turn.ids) == 40
     assert gap(model, history, 1.0) < TOLERANCE
     session = engine.open([[5]], stop_id=STOP, sampling=Sampling(), seeds=[0])
-    with pytest.raises(ERRORS, match="longer than the maximum model length"):
+    with pytest.raises(ERRORS, match=r"maximum \w+ length"):
         session.generate({0: [5] * CONTEXT}, {0: 1})
     session.close()
 
