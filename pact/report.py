@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE, REPORT_FILE = "config.yaml", "report.html"
 EVAL_START, EVAL_FINAL = "eval_start.jsonl", "eval_final.jsonl"
 MOST_FLIPS = 200  # tasks named in a list of those that changed
+_STAGES = {"generate": "rollouts", "logprob": "log-probs", "train": "update"}  # metrics seconds/* of a step
 SAMPLES = {"better": 3, "worse": 3, "same": 4}  # tasks shown message by message
 
 
@@ -127,9 +128,11 @@ def _costs(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str
     training = [record for record in metrics if record["phase"] == "train"]
     steps = max((record["step"] for record in training), default=0)
     yield "optimiser steps", f"{steps:,}", f"after {warm:,} of warm start" if warm else ""
-    seconds = sum(record.get("train_runtime", 0.0) for record in training)
-    if seconds:
-        yield "training took", f"{seconds / 60:.1f} min", ""
+    spent = [
+        sum(record.get(f"seconds/{what}", 0.0) for what in _STAGES) for record in training if "seconds/train" in record
+    ]
+    if spent:
+        yield "seconds a step", f"{sum(spent) / len(spent):.2f}", ", ".join(_STAGES.values())
     dense, unique = (sum(record.get(f"tokens/{kind}", 0.0) for record in training) for kind in ("dense", "unique"))
     if dense:
         yield "tokens computed", f"{unique / dense:.0%}", "of what separate sequences take"

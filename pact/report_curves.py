@@ -120,8 +120,8 @@ def draw_panels(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for panel in PANELS:
         found = [(curve, series(records, curve.metric, panel.phase)) for curve in panel.curves]
         found = [(curve, points) for curve, points in found if points]
-        # A curve of zeros, of a branch or part that never occurs, says nothing next to others.
-        found = [(curve, points) for curve, points in found if any(y for _, y in points)] or found[:1]
+        # Next to others a curve of zeros is that of a branch or part that never occurs.
+        found = [(curve, points) for curve, points in found if any(y for _, y in points)] or found
         if found:
             drawn.append(_place(panel, [(curve, thinned(points)) for curve, points in found]))
     return drawn

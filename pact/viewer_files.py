@@ -22,17 +22,21 @@ def read_tasks(path: Path) -> list[Task]:
     A line has the prompt, ``messages`` or ``question`` (or ``prompt``, either of them), and the trace, ``expert``; or
     ``messages`` are a whole conversation, whose first assistant message begins the trace; or they, or ``calls`` with
     their observations, are a trace without a prompt, as in files of traces and of episodes. ``id``, ``tools`` (also as
-    JSON text) and ``answer`` are optional.
+    JSON text) and ``answer`` are optional. Lines with ``"complete": false`` are passed over, as the environment does.
     """
     tasks: list[Task] = []
     seen: dict[str, int] = {}
     for number, row in _rows(path):
+        if row.get("complete") is False:
+            continue
         place = f"{path}, line {number}"
         task = _task(place, number, row)
         if task.id in seen:
             raise ValueError(f"{place}, field id: {task.id!r} is also the id of line {seen[task.id]}; make ids unique")
         seen[task.id] = number
         tasks.append(task)
+    if not tasks:
+        raise ValueError(f"{path} holds no complete trace: every line says complete false")
     return tasks
 
 

@@ -195,7 +195,7 @@ def test_hover_and_keys_read_the_logged_values(browser, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines()))
     browser.open(write_report(tmp_path, []))
     plots = browser.run('document.querySelectorAll(".plot").length')
-    assert plots == 6
+    assert plots == 7
     values = 'document.querySelectorAll(".values")[2].innerText'
     assert "last" in browser.run(values)
     browser.run('document.querySelectorAll(".plot")[2].focus()')

@@ -32,11 +32,12 @@ def lines(steps=80, warm=10):
             {
                 "phase": "train", "step": step, "reward": step / steps, "loss/rl_prompt": 0.1 * (-1) ** step,
                 "loss/rl_trace": 0.0 if step < 5 else 0.2, "loss/sft": 1.0 / step, "kl/prompt": 0.0, "kl/trace": 0.0,
+                "logp/sft_answer": 0.0,
                 "logp/sft_reasoning": -0.4, "logp/sft_tool_call": None if step == 3 else -0.2,
-                "tokens/dense": 400.0, "tokens/unique": 100.0,
+                "seconds/generate": 1.0, "seconds/train": 0.25, "tokens/dense": 400.0, "tokens/unique": 100.0,
             }
         )  # fmt: skip
-    return [*records, {"phase": "train", "step": steps, "train_runtime": 90.0, "eval_reward": 0.75}]
+    return [*records, {"phase": "train", "step": steps, "eval_reward": 0.75}]
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_finished_run(run):
         "reward after the warm start 0.417 on 6 tasks",
         "reward at the end 0.458",
         "optimiser steps 80 after 10 of warm start",
-        "training took 1.5 min",
+        "seconds a step 1.25 rollouts, log-probs, update",
         "tokens computed 25%",
         "total success 0.4167 0.4583 +0.0417",
         "t0 reward 0 → 1 better",
@@ -102,7 +103,15 @@ def test_a_finished_run(run):
         assert words in page.text, words
     assert {row for row in ("g0 reward", "g1 reward") if row in page.text} == {"g0 reward", "g1 reward"}
     titles = re.findall(r"<figcaption><b>([^<]*)</b>", path.read_text(encoding="utf-8"))
-    assert titles == ["Reward", "RL loss", "Supervised loss", "Warm start", "Log-prob of the trace", "KL to the start"]
+    assert titles == [
+        "Reward",
+        "RL loss",
+        "Supervised loss",
+        "Warm start",
+        "Log-prob of the trace",
+        "KL to the start",
+        "Seconds",
+    ]
 
 
 def test_a_run_under_way_and_one_without_evaluation(run):
@@ -213,12 +222,13 @@ def test_ticks_are_round_and_cover(low, high):
 
 
 def test_a_panel_is_drawn_from_its_values():
-    """Coordinates go back to values; curves of zeros give way; one point is a panel too."""
+    """Coordinates go back to values; curves of zeros give way to others; one point is a panel too."""
     panels = {panel["title"]: panel for panel in draw_panels(lines())}
     loss = panels["RL loss"]
     assert [key["label"] for key in loss["legend"]] == ["prompt-only", "trace-conditioned"]
     assert loss["hover"]["curves"][1] == [list(range(1, 81)), [0.0] * 4 + [0.2] * 76]
-    assert [key["label"] for key in panels["KL to the start"]["legend"]] == ["prompt-only"]
+    assert [key["label"] for key in panels["KL to the start"]["legend"]] == ["prompt-only", "trace-conditioned"]
+    assert [key["label"] for key in panels["Log-prob of the trace"]["legend"]] == ["reasoning", "tool call"]
     [raw, _, *_] = loss["lines"]
     xs = [float(x) for x in re.findall(r"[ML]([\d.]+) ", raw["path"])]
     assert xs == pytest.approx([44 + (x - 1) / 79 * 368 for x in range(1, 81)], abs=0.06)

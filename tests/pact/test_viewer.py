@@ -243,6 +243,7 @@ def test_every_form_of_a_line_is_read(tmp_path):
         row(whole),
         {"id": "talk", "messages": [*whole.messages, *trace()], "tools": json.dumps(whole.tools)},
         {"question": "What is a cot?", "expert": trace()},
+        {"row": 6, "calls": [], "complete": False},
         {"row": 7, "calls": calls, "complete": True},
         {"id": "episode", "messages": trace(), "reward": 1.0, "metrics": {}, "turns": 2, "stop_reason": "answer"},
         {"id": "prompt alone", "prompt": "What is a cot?"},
@@ -287,6 +288,7 @@ BROKEN = {
     "prompt end": ('{"messages": [{"role": "system", "content": "x"}]}', "field messages: a prompt ends with a user"),
     "twice": ('{"id": "a", "question": "q"}\n\n{"id": "a", "question": "q"}', "line 3, field id: 'a' is also .*line 1"),
     "empty": ("\n \n", "holds no lines"),
+    "incomplete": ('{"row": 1, "calls": [], "complete": false}', "holds no complete trace"),
     "deep": ("[" * 200_000, "line 1: not valid JSON"),
 }
 
