@@ -117,13 +117,22 @@ class ColocatedSession:
         self.row_of: dict[str, int] = {}  # of a request under way
 
     def generate(self, append: Mapping[int, list[int]], max_new_tokens: Mapping[int, int]) -> dict[int, Completion]:
-        """See `pact.rollout.Session`."""
+        """See `pact.rollout.Session`. Raises RuntimeError when vLLM refuses a request or fails."""
+        from vllm.exceptions import VLLMError
+
+        started = self.contexts.start(append, max_new_tokens)
+        try:
+            return self._step_until_one_ends(started)
+        except VLLMError as error:
+            raise RuntimeError(f"the vLLM engine failed: {error}") from error
+
+    def _step_until_one_ends(self, started: Mapping[int, Mapping[str, Any]]) -> dict[int, Completion]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
         core = self.engine.llm.llm_engine
-        for row, params in self.contexts.start(append, max_new_tokens).items():
+        for row, params in started.items():
             name = next(self.engine.names)
             self.row_of[name] = row
             core.add_request(
