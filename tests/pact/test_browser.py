@@ -215,11 +215,14 @@ def test_hover_and_keys_read_the_logged_values(browser, tmp_path):
     assert browser.complaints == []
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_it_is_readable_in_light_and_dark_and_on_a_telephone(browser, tmp_path, dark, width):
+@pytest.mark.parametrize(("dark", "width"), [(False, 1280), (True, 390)])
+@pytest.mark.parametrize("kind", ["inspect", "report"])
+def test_it_is_readable_in_light_and_dark_and_on_a_telephone(browser, tmp_path, kind, dark, width):
     """Text stands out from its ground (a contrast of 4.5, as WCAG AA asks); the page does not scroll sideways."""
-    path, _ = page_of(tmp_path, [task()], PactConfig(), rollouts=[Attempt("good", trace(), 1.0)])
+    if kind == "inspect":
+        path, _ = page_of(tmp_path, [task()], PactConfig(), rollouts=[Attempt("good", trace(), 1.0)])
+    else:
+        path = hostile_run(tmp_path, "http://127.0.0.1:9")
     browser.open(path)
     browser.run('document.querySelectorAll("details").forEach(fold => fold.open = true)')
     picture = browser.screenshot(tmp_path / "page.png", width=width, dark=dark)

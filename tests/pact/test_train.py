@@ -67,6 +67,7 @@ def test_a_run_from_nothing_to_a_loadable_model(config, capsys, monkeypatch):
     ]  # fmt: skip
     assert [r["step"] for r in lines if "eval_reward" in r] == [0, 1, 2]
     assert (whole / "curves.png").is_file()
+    assert "95% interval" in (whole / "report.html").read_text(encoding="utf-8")
     trained = AutoModelForCausalLM.from_pretrained(whole / "model").state_dict()
     assert len(AutoTokenizer.from_pretrained(whole / "model")) == trained["model.embed_tokens.weight"].shape[0]
 

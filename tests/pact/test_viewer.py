@@ -238,10 +238,11 @@ def test_drawn_text_is_the_text_of_the_trace(tokenizer):
 def test_every_form_of_a_line_is_read(tmp_path):
     whole = task()
     calls = [{"name": "look_up", "arguments": '{"word": "cot"}', "observation": "a small house"}]
+    again = [{"role": "user", "content": "And a bed?"}, {"role": "assistant", "content": "for sleeping"}]
     path = write_lines(
         tmp_path / "traces.jsonl",
         row(whole),
-        {"id": "talk", "messages": [*whole.messages, *trace()], "tools": json.dumps(whole.tools)},
+        {"id": "talk", "messages": [*whole.messages, *trace(), *again], "tools": json.dumps(whole.tools)},
         {"question": "What is a cot?", "expert": trace()},
         {"row": 6, "calls": [], "complete": False},
         {"row": 7, "calls": calls, "complete": True},
@@ -249,9 +250,10 @@ def test_every_form_of_a_line_is_read(tmp_path):
         {"id": "prompt alone", "prompt": "What is a cot?"},
     )
     tasks = read_tasks(path)
-    assert [item.id for item in tasks] == ["words/1", "talk", "line 3", "ftrl/7", "episode", "prompt alone"]
-    assert tasks[0] == whole
-    assert (tasks[1].messages, tasks[1].expert, tasks[1].tools) == (whole.messages, trace(), whole.tools)
+    assert [item.id for item in tasks] == ["words/1", "talk", "line-3", "ftrl/7", "episode", "prompt alone"]
+    assert (tasks[0].messages, tasks[0].tools, tasks[0].expert) == (whole.messages, whole.tools, whole.expert)
+    assert (tasks[1].messages, tasks[1].expert) == ([*whole.messages, *trace(), again[0]], again[1:])
+    assert tasks[1].tools == whole.tools
     assert tasks[2].messages == [{"role": "user", "content": "What is a cot?"}]
     assert tasks[3].messages == []
     assert [message["role"] for message in tasks[3].expert] == ["assistant", "tool"]
@@ -268,15 +270,17 @@ def test_a_trace_without_its_prompt_is_shown_without_a_tree(tokenizer):
 
 
 BROKEN = {
-    "not JSON": ('{"id": 1,', "line 1: not valid JSON"),
-    "no object": ("[1]", "line 1: list where a JSON object is needed"),
-    "nothing": ("{}", "line 1, field messages: missing"),
+    "not JSON": ('{"id": 1,', "line 1: it is not valid JSON"),
+    "no object": ("[1]", "line 1: it is list; write one JSON object a line"),
+    "nothing": ("{}", "line 1, field messages: it is missing; write one of messages, prompt, question"),
     "role": ('{"messages": [{"role": "robot", "content": "x"}]}', "line 1, field messages: .* role 'robot'"),
-    "messages": ('{"messages": "hello"}', 'line 1, field messages: str "hello"; give a list of messages'),
+    "messages": ('{"messages": "hello"}', "line 1, field messages: it is str; write a list of messages"),
     "trace": ('{"question": "q", "expert": [{"role": "tool", "content": "x"}]}', "line 1, field expert: .*starts with"),
-    "expert": ('{"question": "q", "expert": {"role": "tool"}}', "line 1, field expert: dict"),
-    "tools": ('{"question": "q", "tools": "{"}', "line 1, field tools: not valid JSON"),
+    "expert": ('{"question": "q", "expert": {"role": "tool"}}', "line 1, field expert: it is dict"),
+    "alone": ('{"messages": [{"role": "assistant", "content": ""}]}', "line 1, field messages: .*empty assistant turn"),
+    "tools": ('{"question": "q", "tools": "{"}', "line 1, field tools: it is not valid JSON"),
     "schema": ('{"question": "q", "tools": [{"name": "x"}]}', "line 1, field tools: tool 0"),
+    "names": ('{"question": "q", "tools": ["x"]}', "line 1, field tools: it names functions; take the task from --env"),
     "calls": (
         '{"row": 1, "calls": [{"name": "f", "arguments": {}}]}',
         "line 1, field calls: call 0 has no observation",
@@ -285,11 +289,12 @@ BROKEN = {
         '{"row": 1, "calls": [{"name": "f", "arguments": "{", "observation": ""}]}',
         "field calls: call 0: .*JSON",
     ),
-    "prompt end": ('{"messages": [{"role": "system", "content": "x"}]}', "field messages: a prompt ends with a user"),
+    "prompt end": ('{"messages": [{"role": "system", "content": "x"}]}', "field messages: it ends with role system"),
     "twice": ('{"id": "a", "question": "q"}\n\n{"id": "a", "question": "q"}', "line 3, field id: 'a' is also .*line 1"),
     "empty": ("\n \n", "holds no lines"),
     "incomplete": ('{"row": 1, "calls": [], "complete": false}', "holds no complete trace"),
-    "deep": ("[" * 200_000, "line 1: not valid JSON"),
+    "deep": ("[" * 200_000, "line 1: it is not valid JSON"),
+    "mark": ("\ufeff{}", "line 1: it begins with a byte order mark"),
 }
 
 
@@ -306,10 +311,10 @@ def test_a_broken_line_is_named(tmp_path, case):
 
 def test_encodings(tmp_path):
     path = tmp_path / "traces.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"question": "caf\xc3\xa9 \xe2\x80\xa8"}\n')  # BOM, and U+2028 within a string
+    path.write_bytes(b'{"question": "caf\xc3\xa9 \xe2\x80\xa8"}\n')  # U+2028 within a string ends no line
     assert read_tasks(path)[0].messages[0]["content"] == "café \u2028"
     path.write_bytes(b'{"question": "ok"}\n{"question": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+    with pytest.raises(ValueError, match="line 2: byte 18 is not UTF-8"):
         read_tasks(path)
 
 
