@@ -1,6 +1,6 @@
 """The settings of a training run and how YAML and command line fill them. Builds no model and starts no run.
 
-Precedence: command line over YAML over defaults. Every setting is a field of one of four dataclasses, so a YAML key, a
+Precedence: command line over YAML over defaults. Every setting is a field of one of five dataclasses, so a YAML key, a
 flag (``--max_steps`` or ``--max-steps``) and a Python keyword have one name.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ from pact.objective import PactConfig
 from pact.rewards import Reward
 
 USAGE = "pact train [CONFIG.yaml] [--resume [RUN]] [--SETTING VALUE ...]"
+AUTO = "auto"  # the value of --token_budget that stands for "what fits into memory"
 SCRATCH = "toybox"  # the value of --model that stands for "build it from model_config"
 
 
@@ -43,6 +44,42 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         self.model_config = as_dict("model_config", self.model_config)
+
+
+@dataclass
+class LoraArguments:
+    """Low-rank adapters (PEFT) in place of full fine-tuning."""
+
+    lora_r: int = _help("rank of LoRA adapters; 0: all weights are trained", 0)
+    lora_alpha: float = _help("LoRA: the adapters' output is scaled by lora_alpha / lora_r", 32.0)
+    lora_dropout: float = _help("LoRA: dropout of the adapters' inputs while training", 0.0)
+    lora_target_modules: str = _help(
+        "LoRA: names of the linear layers that get adapters, separated by commas; all-linear: all but the head",
+        "all-linear",
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r is {self.lora_r}, set it to 0 (no adapters) or above")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}, set it above 0")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}, set it to 0 or above and below 1")
+
+    def config(self) -> Any:
+        """The `peft.LoraConfig`. Raises ValueError where PEFT is not installed."""
+        try:
+            from peft import LoraConfig
+        except ModuleNotFoundError as error:
+            raise ValueError("lora_r needs PEFT: pip install 'pact-kernels[lora]', or set lora_r to 0") from error
+        names = self.lora_target_modules.split(",")
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # any number does
+            lora_dropout=self.lora_dropout,
+            target_modules=names[0] if names == ["all-linear"] else [name.strip() for name in names],
+            task_type="CAUSAL_LM",
+        )
 
 
 @dataclass
@@ -82,6 +119,9 @@ class PactTrainingArguments(TrainingArguments):
     generation_batch_size: int = _help("episodes generated together", 256)
     engine: Literal["transformers", "vllm"] = _help(
         "what samples the rollouts: the model itself, or vLLM (docs/vllm.md)", "transformers"
+    )
+    engine_correction: float = _help(
+        "largest importance weight of a token for what engine and trainer disagree on; 0: no weights", 2.0
     )
     vllm_mode: Literal["server", "colocated"] = _help(
         "vLLM behind HTTP at vllm_url, or in every training process", "server"
@@ -128,6 +168,9 @@ class PactTrainingArguments(TrainingArguments):
     advantage: Literal["grpo", "dr_grpo", "rloo", "dual_level", "turn_level"] = _help("advantage estimator", "grpo")
     turn_discount: float = _help("gamma of the turn-level returns", 0.9)
     dual_combine: Literal["sum", "mean"] = _help("dual_level: how trajectory and turn parts are combined", "sum")
+    memory_gib: float | None = _help(
+        "memory that a process may take, GiB, for the estimate and for token_budget auto (default: what is free)", None
+    )
     max_ratio: float = _help(
         "stop before an update when the mean ratio of a branch is above this; 0: never. The mean over honest samples "
         "is 1 in expectation, so 100 comes by chance less than once in 100 updates, however long the tails (Markov)",
@@ -185,6 +228,10 @@ class PactTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}, set it to at least {least}: {reason}")
         if not 0.0 <= self.warm_start_context_share <= 1.0:
             raise ValueError(f"warm_start_context_share is {self.warm_start_context_share}, set it between 0 and 1")
+        if not self.engine_correction >= 0.0:
+            raise ValueError(f"engine_correction is {self.engine_correction}, set it to 0 (no weights) or above")
+        if self.memory_gib is not None and not 0.0 < self.memory_gib < float("inf"):
+            raise ValueError(f"memory_gib is {self.memory_gib}, set it above 0")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}, set it above 0 and at most 1")
         if not 0.0 <= self.eval_temperature < float("inf"):
@@ -223,13 +270,24 @@ class PactTrainingArguments(TrainingArguments):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All settings of one run, and ``values``: the flat dictionary that rebuilds them (the run's config.yaml)."""
+    """All settings of one run, and ``values``: the flat dictionary that rebuilds them (the run's config.yaml).
+
+    ``auto_budget``: token_budget is "auto" and not yet a number; ``pact`` has none so far.
+    """
 
     model: ModelArguments
+    lora: LoraArguments
     env: EnvArguments
     pact: PactConfig
     training: PactTrainingArguments
     values: dict[str, Any]
+    auto_budget: bool = False
+
+
+def with_token_budget(settings: RunSettings, tokens: int) -> RunSettings:
+    """``settings`` with a number in place of ``token_budget auto``, so that a resumed run takes the same."""
+    pact, values = replace(settings.pact, token_budget=tokens), settings.values | {"token_budget": tokens}
+    return replace(settings, pact=pact, values=values, auto_budget=False)
 
 
 def as_dict(name: str, value: dict | str | None) -> dict[str, Any]:
@@ -288,7 +346,16 @@ def parse_settings(argv: Sequence[str], *files: Path) -> RunSettings:
 
     Raises ValueError for an unknown setting, a value of the wrong type or one out of range.
     """
-    parser = SettingsParser([ModelArguments, EnvArguments, as_flags(PactConfig), PactTrainingArguments], usage=USAGE)
+    parser = SettingsParser(
+        [
+            ModelArguments,
+            LoraArguments,
+            EnvArguments,
+            as_flags(PactConfig, token_budget=str | None),
+            PactTrainingArguments,
+        ],
+        usage=USAGE,
+    )
     known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
     values: dict[str, Any] = {}
     for path in files:
@@ -314,9 +381,12 @@ class SettingsParser(HfArgumentParser):
         raise ValueError(message)
 
 
-def as_flags(config: type) -> type:
-    """``config`` as a dataclass that HfArgumentParser can read: a tuple field becomes a list."""
-    hints, flags = get_type_hints(config), []
+def as_flags(config: type, **kinds: Any) -> type:
+    """``config`` as a dataclass that HfArgumentParser can read: a tuple field becomes a list.
+
+    ``kinds``: types of flags that are not those of their fields.
+    """
+    hints, flags = get_type_hints(config) | kinds, []
     for item in fields(config):
         hint = hints[item.name]
         if get_origin(hint) is tuple:
@@ -361,7 +431,17 @@ def nearest(name: str, known: set[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else ": --help lists all settings"
 
 
+def _token_budget(text: str | None) -> int | None:
+    """A number of tokens; None where there is none, or not yet (auto)."""
+    try:
+        return None if text in (None, AUTO) else int(str(text))
+    except ValueError:
+        raise ValueError(f"token_budget={text!r} must be a number of tokens, or {AUTO}") from None
+
+
 def _build(parser: SettingsParser, found: dict[str, Any]) -> RunSettings:
+    auto = found["token_budget"] == AUTO
+    found["token_budget"] = _token_budget(found["token_budget"])
     defaults = vars(parser.parse_known_args([])[0])
     own = {f.name for f in fields(PactTrainingArguments)} - {f.name for f in fields(TrainingArguments)}
     built: list[Any] = []
@@ -375,13 +455,15 @@ def _build(parser: SettingsParser, found: dict[str, Any]) -> RunSettings:
         }
         make: Any = PactConfig if kind.__name__ == PactConfig.__name__ else kind
         built.append(make(**given))
-    model, env, pact, training = built
+    model, lora, env, pact, training = built
     values |= {"model_config": model.model_config, "env_options": env.env_options}
-    return RunSettings(model, env, pact, training, {k: v for k, v in values.items() if v not in (None, {})})
+    values = {k: v for k, v in values.items() if v not in (None, {})}
+    return RunSettings(model, lora, env, pact, training, values, auto)
 
 
 __all__ = [
     "EnvArguments",
+    "LoraArguments",
     "ModelArguments",
     "PactTrainingArguments",
     "RunSettings",
@@ -394,4 +476,5 @@ __all__ = [
     "read_settings",
     "read_yaml",
     "split_dotted",
+    "with_token_budget",
 ]

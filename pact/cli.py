@@ -8,11 +8,13 @@ from importlib import import_module
 
 from pact import __version__
 
-COMMANDS = ("train", "eval", "inspect")
+COMMANDS = ("train", "plan", "eval", "inspect")
 USAGE = """usage: pact COMMAND ...
 
   train    warm start, rollouts, PACT updates, evaluation (pact train --help lists all settings):
            pact train [CONFIG.yaml] [--resume [RUN]] [--SETTING VALUE ...]
+  plan     what a run would take, before it: memory of each process, tokens, flops; no weights are loaded:
+           pact plan [CONFIG.yaml] [--processes N] [--sample N] [--SETTING VALUE ...]
   eval     a benchmark played and scored, with tables (pact eval --help lists all settings):
            pact eval [CONFIG.yaml] --env NAME --model FOLDER --output FOLDER [--SETTING VALUE ...]
            pact eval --compare FOLDER FOLDER

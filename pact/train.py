@@ -13,35 +13,49 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerState,
+    set_seed,
 )
 from transformers.utils import logging
 
-from pact.arguments import SCRATCH, ModelArguments, PactTrainingArguments, RunSettings, as_dict, parse_settings
+from pact.arguments import (
+    SCRATCH,
+    LoraArguments,
+    ModelArguments,
+    PactTrainingArguments,
+    RunSettings,
+    as_dict,
+    parse_settings,
+    with_token_budget,
+)
+from pact.budget import Fit
 from pact.checkpoints import STATE, last_checkpoint, save_whole
 from pact.envs import Environment, Task, make
 from pact.evaluate import EpisodeRecord, load_records, paired_improvement, save_records
 from pact.files import write_whole
+from pact.memory import NoEstimate, Shadow, Strategy, free_memory
 from pact.report import CONFIG_FILE, EVAL_FINAL, EVAL_START, REPORT_FILE, ReportWriter, write_report
 from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, exit_code, peak_memory_bytes
 from pact.samples import with_usable_trace
 from pact.scratch import new_model
 from pact.trace import prepare_tokenizer
 from pact.trainer import PactTrainer, WarmStartTrainer, with_context
+from pact.workload import workload
 
 logger = logging.get_logger(__name__)
 
@@ -137,10 +151,8 @@ def load_tasks(env: Environment, settings: RunSettings) -> tuple[Sequence[Task],
         return env.tasks("test"), test
 
 
-def load_model(
-    arguments: ModelArguments, env: Environment, seed: int, weights: Path | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer; ``weights`` replaces the model's own folder (a warm-started or trained copy of it).
+def load_tokenizer(arguments: ModelArguments, env: Environment) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the environment's for a new model.
 
     Raises ValueError when no model is named, a folder does not exist or a scratch model has no tokenizer to start from.
     """
@@ -150,19 +162,102 @@ def load_model(
     if source == SCRATCH:
         if not hasattr(env, "tokenizer"):
             raise ValueError("a new model takes the environment's tokenizer and this one has none: give --model FOLDER")
-        tokenizer = env.tokenizer()
-        if weights is None:
-            config = as_dict("model_config", arguments.model_config)
-            dtype = "float32" if arguments.dtype == "auto" else arguments.dtype
-            return new_model(config, tokenizer, seed, dtype, arguments.copy_gain), tokenizer
-    elif not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        return prepare_tokenizer(env.tokenizer())
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(f"no model folder {source}: give a folder saved by save_pretrained, or a hub name")
-    else:
-        if arguments.model_config:
-            raise ValueError("model_config is for new models: leave it out, or set model to " + SCRATCH)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(weights or source, dtype=arguments.dtype)
-    return model, prepare_tokenizer(tokenizer)
+    if arguments.model_config:
+        raise ValueError("model_config is for new models: leave it out, or set model to " + SCRATCH)
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(source))
+
+
+def outline(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """What `load_model` would return, without reading its weights: for `pact.memory.Shadow`."""
+    arguments, seed = settings.model, settings.training.seed
+    if arguments.model in (None, SCRATCH):
+        return _new_model(arguments, tokenizer, seed, copy_gain=0.0)
+    config = AutoConfig.from_pretrained(arguments.model)
+    dtype = config.dtype or "float32" if arguments.dtype == "auto" else arguments.dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return with_adapters(model, settings.lora, seed, None) if settings.lora.lora_r else model
+
+
+def _new_model(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, seed: int, copy_gain: float
+) -> PreTrainedModel:
+    config = as_dict("model_config", arguments.model_config)
+    dtype = "float32" if arguments.dtype == "auto" else arguments.dtype
+    return new_model(config, tokenizer, seed, dtype, copy_gain)
+
+
+def load_model(
+    arguments: ModelArguments,
+    env: Environment,
+    seed: int,
+    weights: Path | None = None,
+    lora: LoraArguments | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer; ``weights`` replaces the model's own folder (a warm-started or trained copy of it).
+
+    With ``lora`` the model is the folder's with adapters, and ``weights`` are those of the adapters.
+
+    Raises ValueError as `load_tokenizer`, and for adapters on a new model.
+    """
+    tokenizer = load_tokenizer(arguments, env)
+    adapted = lora is not None and lora.lora_r > 0
+    source = arguments.model or SCRATCH
+    if source == SCRATCH and adapted:
+        raise ValueError("lora_r is for models that have learned: set it to 0, or give --model FOLDER")
+    if source == SCRATCH and weights is None:
+        return _new_model(arguments, tokenizer, seed, arguments.copy_gain), tokenizer
+    folder = source if adapted else weights or source
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=arguments.dtype)
+    if lora is not None and adapted:
+        model = with_adapters(model, lora, seed, weights)
+    return model, tokenizer
+
+
+def with_adapters(model: PreTrainedModel, lora: LoraArguments, seed: int, weights: Path | None) -> PreTrainedModel:
+    """``model`` frozen, with LoRA adapters: new ones, which leave its outputs as they are, or those in ``weights``.
+
+    Raises ValueError for settings that fit no layer of the model.
+    """
+    config = lora.config()
+    from peft import PeftModel, get_peft_model
+
+    if weights is not None:
+        return cast(PreTrainedModel, PeftModel.from_pretrained(model, str(weights), is_trainable=True))
+    set_seed(seed)  # the same adapters in a resumed run
+    return cast(PreTrainedModel, get_peft_model(model, config))
+
+
+def fitted(state: Run, env: Environment, tasks: Sequence[Task]) -> Run:
+    """The run with a number for ``token_budget auto``, after its memory has been estimated and printed.
+
+    Raises ValueError where weights and optimiser states alone do not fit, or where no token budget does.
+    """
+    settings, args = state.settings, state.settings.training
+    tokenizer = load_tokenizer(settings.model, env)
+    free = min(gather_object([free_memory(args.device, args.memory_gib)]))
+    shadow = Shadow(lambda: outline(settings, tokenizer), settings.pact, args)
+    config = with_context(settings.pact, shadow.model)
+    fit = Fit(shadow, args, config, Strategy.of(args), free)
+    try:
+        fit.check_fixed()
+        if settings.auto_budget:
+            settings = with_token_budget(settings, fit.token_budget(tasks, tokenizer))
+            config = replace(config, token_budget=settings.pact.token_budget)
+        plan = fit.plan(workload(tasks, tokenizer, config, args))
+    except NoEstimate as error:
+        if settings.auto_budget:
+            raise ValueError(f"token_budget auto: {error}; set a number of tokens") from None
+        logger.warning(str(error))
+        return state
+    if PartialState().is_main_process:
+        auto = f"token_budget: {settings.pact.token_budget}\n" * state.settings.auto_budget
+        print(auto + plan.lines(), flush=True)
+        for warning in plan.warnings():
+            logger.warning(warning)
+    return replace(state, settings=settings)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -181,8 +276,11 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(
             "this run is finished and its start was not evaluated: there is no gain to tell, set eval_tasks 0"
         )
+    if not finished:
+        state = fitted(state, env, train_tasks)
+        settings = state.settings
     weights = checkpoint if finished else warm if warm_finished else None
-    model, tokenizer = load_model(settings.model, env, args.seed, weights)
+    model, tokenizer = load_model(settings.model, env, args.seed, weights, settings.lora)
     config = with_context(settings.pact, model)
     warm_tasks = with_usable_trace(train_tasks, tokenizer, config) if args.warm_start_steps else []
     _log_to(state.folder, "train")
