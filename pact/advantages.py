@@ -14,17 +14,30 @@ from collections.abc import Sequence
 
 
 def grpo(rewards: Sequence[float], eps: float = 1e-6) -> list[float]:
-    """GRPO (arXiv 2402.03300): outcome rewards, standardised. One advantage a rollout."""
+    """GRPO (arXiv 2402.03300): outcome rewards, standardised. One advantage a rollout.
+
+    >>> [round(value, 3) for value in grpo([1.0, 0.0, 0.0, 1.0])]
+    [0.866, -0.866, -0.866, 0.866]
+    >>> grpo([1.0, 1.0])
+    [0.0, 0.0]
+    """
     return _standardise(_checked(rewards), eps)
 
 
 def dr_grpo(rewards: Sequence[float]) -> list[float]:
-    """Dr. GRPO (arXiv 2503.20783): r - mean, not divided by std. One advantage a rollout; 0 for a group of one."""
+    """Dr. GRPO (arXiv 2503.20783): r - mean, not divided by std. One advantage a rollout; 0 for a group of one.
+
+    >>> dr_grpo([1.0, 0.0, 0.0, 1.0])
+    [0.5, -0.5, -0.5, 0.5]
+    """
     return _centre(_checked(rewards))
 
 
 def rloo(rewards: Sequence[float]) -> list[float]:
     """RLOO (arXiv 2402.14740): r_i minus the mean of the others, = n / (n - 1) (r_i - mean). One advantage a rollout.
+
+    >>> rloo([1.0, 0.0, 0.5])
+    [0.75, -0.75, 0.0]
 
     Raises:
         ValueError: also for a group of one, which has no others.
@@ -47,6 +60,10 @@ def turn_level(turn_rewards: Sequence[Sequence[float]], gamma: float = 0.9, eps:
 
     Returns:
         Advantages of the shape of ``turn_rewards``.
+
+    >>> good, bad = turn_level([[0.0, 1.0], [0.0, 0.0]], gamma=0.5)
+    >>> [round(value, 3) for value in good]
+    [0.707, 0.707]
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in 0..1, got {gamma}")
@@ -76,6 +93,10 @@ def dual_level(
     Args:
         turn_rewards: one list a rollout, one reward a turn; lengths may differ.
         combine: "sum" (the paper) or "mean", half of it (the released code).
+
+    >>> good, bad = dual_level([[0.0, 1.0], [0.0, 0.0]])
+    >>> [round(value, 3) for value in bad]
+    [-1.414, -1.414]
     """
     if combine not in ("sum", "mean"):
         raise ValueError(f"combine must be 'sum' or 'mean', got {combine!r}")

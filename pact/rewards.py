@@ -33,6 +33,9 @@ def answer_verify(observation: str, gold: str) -> bool:
     """FTRL's rule (arXiv 2508.08791, released code): every part of ``gold``, split at ', ', occurs in ``observation``.
 
     Both sides lose case, commas and outer blanks first; "occurs" means as a substring.
+
+    >>> answer_verify("The capital is PARIS, in France.", "Paris, France")
+    True
     """
     text = _plain(observation)
     return all(_plain(part) in text for part in gold.split(", "))
@@ -60,6 +63,9 @@ def solve_metrics(solved: int, calls: int, expected: int) -> dict[str, float]:
 
     Args:
         solved: expected answers struck, s. calls: calls the model made, c. expected: expected answers, u, at least 1.
+
+    >>> solve_metrics(solved=1, calls=2, expected=2)
+    {'solve_p': 0.5, 'solve_r': 0.5, 'solve_f1': 0.5}
     """
     if expected < 1 or not 0 <= solved <= min(calls, expected):
         raise ValueError(f"no such score: {solved} solved by {calls} calls of {expected} expected answers")
@@ -101,6 +107,9 @@ def answer_f1(text: str, gold: str, tags: bool = True) -> float:
 
     Lower-cased, punctuation turned into spaces, split at blanks; 0 without the tag or without a common token.
     ``tags=False`` compares all of ``text``.
+
+    >>> answer_f1("<answer>the city of Lyon</answer>", "Lyon")
+    0.4
     """
     found = _ANSWER.search(text) if tags else None
     if tags and found is None:
@@ -131,6 +140,10 @@ def call_similarity(predicted: Call, gold: Call) -> float:
 
     0 when the names differ (ignoring case), else (1 + Jaccard of the argument names + gold arguments with an equal
     value) / (2 + number of gold arguments). Two calls without arguments have Jaccard 1.
+
+    >>> gold = {"name": "add", "arguments": {"a": 1, "b": 2}}
+    >>> call_similarity({"name": "add", "arguments": {"a": 1, "b": 3}}, gold)
+    0.75
     """
     if predicted["name"].lower() != gold["name"].lower():
         return 0.0
@@ -145,6 +158,10 @@ def toolrl_correctness(pred_calls: Sequence[Call], gold_calls: Sequence[Call]) -
     of the same name not yet taken: Jaccard of the argument names + gold arguments with an equal value; R_max = 1 + sum
     over the gold calls of (1 + number of arguments). No call where some are due is -3; nothing due is 0, whatever was
     called.
+
+    >>> gold = [{"name": "add", "arguments": {"a": 1, "b": 2}}]
+    >>> toolrl_correctness(gold, gold), toolrl_correctness([], gold)
+    (3.0, -3.0)
     """
     if not gold_calls:
         return 0.0
@@ -176,6 +193,10 @@ def match_rewards(
 
     A call without a partner, or with one it shares nothing with (S = 0), gets ``unmatched``; under "transport" every
     call has a share, so that only an empty gold trace leaves calls unmatched.
+
+    >>> gold = [{"name": "add", "arguments": {"a": 1}}, {"name": "sub", "arguments": {"a": 1}}]
+    >>> match_rewards([gold[1], {"name": "mul", "arguments": {}}], gold, unmatched=-0.5)
+    [1.0, -0.5]
 
     Raises:
         ValueError: an unknown ``assignment``.

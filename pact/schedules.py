@@ -19,7 +19,11 @@ def check_progress(progress: float) -> float:
 
 
 def linear(start: float, end: float, progress: float) -> float:
-    """Straight line from `start` at progress 0 to `end` at progress 1 (scale annealing of tool calls)."""
+    """Straight line from `start` at progress 0 to `end` at progress 1 (scale annealing of tool calls).
+
+    >>> round(linear(0.8, 0.2, 0.5), 12)
+    0.5
+    """
     return (1.0 - progress) * start + progress * end
 
 
@@ -28,6 +32,9 @@ def warmup_cosine(progress: float, warmup: float, decay: float, peak: float, val
     share ``warmup`` of training, then falls to ``valley`` along half a cosine over the share ``decay``, and stays.
 
     decay = 0: ``valley`` at once after the warm-up.
+
+    >>> [round(warmup_cosine(s, 0.25, 0.5, 0.9, 0.1), 3) for s in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)]
+    [0.0, 0.45, 0.9, 0.5, 0.1, 0.1]
     """
     if progress < warmup:
         return peak * progress / warmup
@@ -40,6 +47,9 @@ def supervised_segments(n: int, progress: float) -> int:
     """How many of a reasoning block's `n` segments are still supervised: ceil((1 - s) n - 1e-9), all at 0, none at 1.
 
     The 1e-9 keeps rounding from adding a segment: (1 - 0.7) * 10 is 3.0000000000000004 in floating point.
+
+    >>> [supervised_segments(3, progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+    [3, 3, 2, 0]
     """
     return max(0, math.ceil((1.0 - progress) * n - 1e-9))
 
@@ -49,6 +59,9 @@ def segment_weights(segment: Sequence[int] | NDArray[np.int64], progress: float)
 
     `segment` [n]: index of each token's segment within its reasoning block, -1 outside. A block is a run of
     non-negative entries; an index that falls starts the next block.
+
+    >>> segment_weights([0, 0, 1, 1, 2, -1, 0, 1], progress=0.5)
+    array([1., 1., 1., 1., 0., 0., 1., 0.])
     """
     segment_n = np.asarray(segment, dtype=np.int64)
     inside_n = segment_n >= 0

@@ -67,6 +67,12 @@ class PrefixTree:
     def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> PrefixTree:
         """Build the tree of ``sequences``: lists of ints, integer arrays or tensors, each 1-D with at least one token.
 
+        >>> tree = PrefixTree.from_sequences([[1, 2, 3], [1, 2, 4, 5]])
+        >>> tree.input_ids.tolist(), tree.position_ids.tolist(), tree.subtree_end.tolist()
+        ([1, 2, 3, 4, 5], [0, 1, 2, 2, 3], [5, 5, 3, 5, 5])
+        >>> tree.index[1].tolist()
+        [0, 1, 3, 4]
+
         Raises:
             TypeError: a sequence that holds anything but integers.
             ValueError: no sequences, an empty sequence, one that is not 1-D, ids outside 0..2^31 - 1, or 2^31 tokens.

@@ -36,6 +36,17 @@ class TokenTerms:
         branch: ``PROMPT_BRANCH`` or ``TRACE_BRANCH``; None: all ``PROMPT_BRANCH``.
         sequence: the caller's number of the sequence a row belongs to; carried, not read.
 
+    >>> from torch import tensor
+    >>> terms = TokenTerms(  # a sampled token with advantage 2, and a token of the trace; both weigh 1/2
+    ...     target=tensor([7, 3]),
+    ...     old_logp=tensor([-1.0, 0.0]),
+    ...     advantage=tensor([2.0, 0.0]),
+    ...     weight=tensor([0.5, 0.5]),
+    ...     kind=tensor([RL, SFT]),
+    ... )
+    >>> len(terms)
+    2
+
     Raises:
         TypeError: a field that is no tensor, integers where floats are due or the reverse.
         ValueError: not 1-D, unequal lengths, several devices, a kind, component or branch that does not exist, a

@@ -46,6 +46,17 @@ def cotrain_loss(
     Returns:
         ``CoTrainResult``: a scalar of the dtype of logp, and float64 sums by kind, branch and component.
 
+    >>> from torch import tensor
+    >>> logp = tensor([-1.0, -3.0], requires_grad=True)
+    >>> on_policy = tensor([-1.0, 0.0])  # ratio 1; not read in the second row, which is of the trace
+    >>> terms = TokenTerms(tensor([7, 3]), on_policy, tensor([2.0, 0.0]), tensor([0.5, 0.5]), kind=tensor([0, 1]))
+    >>> result = cotrain_loss(logp, terms)
+    >>> result.loss.item()  # 0.5 * (-1 * 2) + 0.5 * 3
+    0.5
+    >>> result.loss.backward()
+    >>> logp.grad.tolist()
+    [-1.0, -0.5]
+
     Raises:
         TypeError: a dtype that does not fit.
         ValueError: lengths, devices or coefficients that do not fit; kl_coef without ref_logp, entropy_coef without

@@ -50,6 +50,12 @@ def linear_logprob(
     Returns:
         ``LogProbs(logp [N], entropy [N] or None)``, float32 (float64 for float64 inputs).
 
+    >>> hidden, weight = torch.eye(2), torch.zeros(4, 2)  # all four tokens are as likely
+    >>> target, rows = torch.tensor([0, 3, 1]), torch.tensor([0, 0, 1])
+    >>> out = linear_logprob(hidden, weight, target, rows=rows, entropy=True)
+    >>> [round(value, 4) for value in (out.logp.exp() + out.entropy.exp()).tolist()]  # 1/4 + 4
+    [4.25, 4.25, 4.25]
+
     Raises:
         TypeError: a dtype that does not fit, a sharded weight.
         ValueError: shapes, devices or values that do not fit. The triton backend finds a target, a row or a

@@ -35,6 +35,11 @@ def tree_attention(
         [L, Hq, D] in the dtype of ``q``. Softmax and sums are in float32 for 16-bit inputs, float64 for float64.
         Under autocast the inputs may differ in dtype and are rounded to autocast's dtype first, as torch's sdpa does.
 
+    >>> tree = PrefixTree.from_sequences([[5, 1], [5, 2]])  # flat: 5, 1, 2; the last two do not see each other
+    >>> q, values = torch.zeros(3, 1, 1), torch.tensor([3.0, 1.0, 7.0]).view(3, 1, 1)
+    >>> tree_attention(q, q, values, tree).flatten()  # means over what each token sees
+    tensor([3., 2., 5.])
+
     Raises:
         TypeError: inputs that are not of one floating dtype.
         ValueError: shapes or devices that do not fit the tree or each other, an unknown backend.
