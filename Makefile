@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup train test sweep lint bench bfcl-gold gpu vllm kill verl kill
+.PHONY: setup train test sweep lint bench bfcl-gold gpu vllm kill verl
 setup: $(READY)
 	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the environments ftrl, toolhop and bfcl need it (Debian: apt-get install bubblewrap)"
 
@@ -33,12 +33,12 @@ $(VERL)/.ready: tests/pact/verl_requirements.txt
 	python3 -m venv $(VERL)
 	$(VERL)/bin/python -m pip install -q -c constraints.txt torch
 	$(VERL)/bin/python -m pip install -q -r tests/pact/verl_requirements.txt
-	$(VERL)/bin/python -m pip install -q --no-deps verl==0.9.1 TransferQueue==0.1.11
+	$(VERL)/bin/python -m pip install -q --no-deps verl==0.9.1 TransferQueue==0.1.11 -e .
 	touch $@
 
 verl: $(VERL)/.ready
-	PYTHONPATH=. $(VERL)/bin/python -m pytest tests/pact/test_verl.py tests/pact/test_verl_package.py
-	PYTHONPATH=. $(VERL)/bin/python -W ignore tests/pact/verl_cpu.py --output benchmarks/results/verl_cpu.json
+	$(VERL)/bin/python -m pytest tests/pact/test_verl.py tests/pact/test_verl_package.py
+	$(VERL)/bin/python -W ignore tests/pact/verl_cpu.py --output benchmarks/results/verl_cpu.json
 
 lint: setup
 	$(PYTHON) -m ruff check .
@@ -69,10 +69,6 @@ $(VLLM)/.ready: pyproject.toml tests/real_vllm/requirements.py
 
 vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/real_vllm/real_vllm.py
-
-# Runs killed at fifteen delicate and twenty random moments end like the one that was not. Three minutes.
-kill: setup
-	OMP_NUM_THREADS=1 $(PYTHON) -P tests/kill_matrix.py --output benchmarks/results/kill_matrix.json
 
 # Runs killed at fifteen delicate and twenty random moments end like the one that was not. Three minutes.
 kill: setup

@@ -200,6 +200,10 @@ class PactTrainerSync(PPOTrainerSync):
         check_trainer_config(config)
         super().__init__(config)
 
+    def _build_replay_buffer(self) -> Any:
+        self.trainer_mode = "sync"  # verl tells its synchronous trainer by this name, here and later
+        return super()._build_replay_buffer()
+
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         for role in (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef):

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed here; `make verl` runs these tests in an environment with it")
 
 WORKER = Path(__file__).with_name("verl_cpu.py")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "verl_policy_loss.py"
 
 
 def compare(folder, *names, processes=1):
@@ -21,7 +22,7 @@ def compare(folder, *names, processes=1):
     started = []
     for rank in range(processes):
         env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", str(WORKER), str(folder), *names]
+        command = [sys.executable, "-W", "ignore", str(WORKER), "--folder", str(folder), *names]
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     outputs = [process.communicate(timeout=300) for process in started]
     for process, (_, errors) in zip(started, outputs):
@@ -85,6 +86,14 @@ def test_policy_loss_is_vanilla_where_the_dual_clip_is_out_of_reach(mode):
         torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
         for name, value in ours.items():
             assert value == pytest.approx(theirs[name], abs=1e-6)
+
+
+def test_the_example_runs(tmp_path):
+    command = [sys.executable, "-W", "ignore", str(EXAMPLE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "registered" in done.stdout
+    assert "supervised term" in done.stdout
 
 
 # ---- the agent loop ---------------------------------------------------------------------------------------------
@@ -177,13 +186,13 @@ def test_agent_loop_brings_the_expert_row_and_both_branches():
 
 def test_all_rollouts_of_a_prompt_take_one_branch():
     taken = []
-    for uid in map(str, range(12)):
+    for uid in map(str, range(6)):
         rows = [play(uid, session, anchor_q=0.5)[0] for session in (0, 1)]
         assert [len(of_session) for of_session in rows] == [2, 1]  # the expert comes once
         first, second = (of_session[-1]["pact_trace"][0].item() for of_session in rows)
         assert first == second
         taken.append(first)
-    assert 0 < sum(taken) < 12
+    assert 0 < sum(taken) < 6
 
 
 def test_a_sample_without_a_trace_is_plain_rl():
@@ -218,12 +227,26 @@ def test_what_verl_cannot_carry_is_refused():
         PactTrainingWorker.set_loss_fn(SimpleNamespace(), lambda: None)
 
 
-def test_expert_rows_do_not_add_optimiser_steps():
-    from omegaconf import OmegaConf
+def test_trainer_over_verls_own_configuration():
+    """Everything up to the workers, which need GPUs: verl's defaults, its synchronous buffer, PACT's worker class."""
+    import verl
+    from hydra import compose, initialize_config_dir
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
     from pact.integrations.verl_plugin import PactTrainerSync
 
-    trainer = object.__new__(PactTrainerSync)
-    config = {"data": {"train_batch_size": 8}, "actor_rollout_ref": {"actor": {"ppo_mini_batch_size": 2}}}
-    trainer.config, trainer.parameter_sync_step = OmegaConf.create(config), 1
-    assert trainer._get_required_batch_multiple(dp_size=3) == 12
+    changes = {
+        "trainer.v1.trainer_mode": "pact_sync",
+        "algorithm.adv_estimator": "grpo",
+        "data.train_batch_size": 8,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
+    }
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+        config = compose("ppo_trainer", [f"{name}={value}" for name, value in changes.items()])
+    trainer = PactTrainerSync(config)
+    assert type(trainer.replay_buffer) is ReplayBuffer
+    assert trainer.trainer_mode == "sync"
+    assert trainer._get_required_batch_multiple(dp_size=3) == 12  # four steps a batch, however many rows there are
+    trainer._init_resource_pool_mgr()
+    (actor,) = trainer.role_worker_mapping.values()
+    assert actor.__ray_metadata__.class_name == "PactActorRolloutRefWorker"

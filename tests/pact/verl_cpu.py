@@ -1,14 +1,18 @@
-"""verl's own training worker on CPUs, compared with PACT's: python verl_cpu.py FOLDER rl pact pact:packed head.
+"""verl's own training worker on CPUs, compared with PACT's: python tests/pact/verl_cpu.py rl pact:packed
 
 verl has no CPU platform; its registries take one from outside, which is what `cpu_platform` does. A process of its own
 runs this: verl patches model classes.
 """
 
+import argparse
 import copy
+import datetime
+import importlib.metadata
 import json
 import os
-import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -226,8 +230,8 @@ def compare_head(folder, model, remove_padding=False):
 COMPARISONS = {"rl": compare_rl, "pact": compare_pact, "head": compare_head}
 
 
-def main(folder, *names):
-    """Run the named comparisons in this process, or in as many as RANK and WORLD_SIZE say; print one JSON line."""
+def main(folder, names):
+    """Run the named comparisons in this process, or in as many as RANK and WORLD_SIZE say -> {what: found}."""
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     cpu_platform()
@@ -240,10 +244,27 @@ def main(folder, *names):
     for name in names:
         kind, _, packed = name.partition(":")
         found |= dict(COMPARISONS[kind](folder, model, **({"remove_padding": True} if packed else {})))
-    if rank == 0:
-        print(json.dumps(found))
     torch.distributed.destroy_process_group()
+    return found
+
+
+def record(found, path):
+    """Write ``found`` with versions and date."""
+    names = ("verl", "torch", "transformers", "tensordict", "ray")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    record = {"date": datetime.date.today().isoformat(), "versions": versions, "found": found}
+    Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=["rl", "pact", "pact:packed", "head:packed"], help="comparisons")
+    parser.add_argument("--folder", help="shared by all processes; default: a temporary one")
+    parser.add_argument("--output", help="JSON file to write the result to")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        result = main(options.folder or temporary, options.names)
+    if os.environ["RANK"] == "0":
+        print(json.dumps(result))
+        if options.output:
+            record(result, options.output)
