@@ -41,6 +41,11 @@ def check_strategy(accelerator: Accelerator) -> None:
         )
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate configuration")
+    if plugin is not None and plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "every process samples from the whole model before it is sharded, so every process must load it: set "
+            "fsdp_cpu_ram_efficient_loading: false in the accelerate configuration"
+        )
     if kind not in _STRATEGIES:
         raise ValueError(
             f"distributed training of type {kind.value} is not supported: use DDP, FSDP2 or DeepSpeed ZeRO"
@@ -115,10 +120,12 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     if shards:
         with _unsharded(accelerator, model, shards):
             yield
-    elif accelerator.distributed_type == DistributedType.DEEPSPEED and is_sharded(accelerator):
-        with _gathered(model):
+    elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        with _gathered(accelerator, model):
             yield
     else:
+        if is_sharded(accelerator):
+            model.to(accelerator.device)  # before training: accelerate places it only when it shards it
         yield
 
 
@@ -145,11 +152,24 @@ def _last_used(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 @contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
+def _gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """ZeRO-3 releases weights in hooks after each module's forward, gathered or not: the hooks are off meanwhile."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        yield
+    wrapper = accelerator.deepspeed_engine_wrapped
+    offload = None if wrapper is None else getattr(wrapper.engine.optimizer, "parameter_offload", None)
+    if offload is not None:
+        for parameter in model.parameters():
+            parameter.ds_active_sub_modules.clear()
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            yield
+    finally:
+        if offload is not None:
+            offload._register_deepspeed_module(offload.module)
 
 
 def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

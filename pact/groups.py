@@ -148,8 +148,9 @@ class Rollout:
             the KL reference; not read where ``sampled`` is 0. ``PactObjective.attach_logprobs`` fills them.
             ``old_logp=None``: on-policy, the ratio is exactly 1.
         component: a ``Component`` a token, for metrics only; None: not told apart.
-        correction: factor of each token's weight, the truncated importance weight where the engine that sampled and the
-            trainer differ (``pact.correction``); not read where ``sampled`` is 0. None: 1.
+        engine_logp: log-prob (nats) under which the engine sampled each token, where it differs from the trainer's.
+        correction: factor of each token's weight, the truncated importance weight of that difference
+            (``pact.correction``); not read where ``sampled`` is 0. None: 1.
     """
 
     ids: list[int]
@@ -158,6 +159,7 @@ class Rollout:
     old_logp: dict[str, list[float]] | None = None
     ref_logp: dict[str, list[float]] | None = None
     component: list[int] | None = None
+    engine_logp: list[float] | None = None
     correction: list[float] | None = None
 
 
@@ -290,6 +292,7 @@ def _check_rollout(rollout: Rollout, where: str) -> None:
         "sampled": rollout.sampled,
         "advantage": rollout.advantage,
         "component": rollout.component,
+        "engine_logp": rollout.engine_logp,
         "correction": rollout.correction,
     }
     for name in ("old_logp", "ref_logp"):

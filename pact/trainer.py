@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from pact.arguments import PactTrainingArguments
+from pact.correction import correct
 from pact.distributed import (
     Snapshot,
     assign,
@@ -33,19 +35,21 @@ from pact.distributed import (
     check_strategy,
     is_sharded,
     most,
+    policy_weights,
     set_precision,
     whole_weights,
 )
 from pact.engines.transformers import TransformersEngine
+from pact.engines.vllm import VllmEngine, make_engine
 from pact.envs import Environment, Task
 from pact.evaluate import EpisodeRecord, evaluate, summarize
-from pact.groups import term_weights
+from pact.groups import PROMPT, term_weights
 from pact.metrics import add_metrics
-from pact.modeling import attach_tree_attention, evaluating
+from pact.modeling import attach_tree_attention, causal_lm, evaluating, vocabulary_size
 from pact.objective import Denominators, Group, PactConfig, PactObjective, flatten_metrics
 from pact.recovery import CheckpointedTrainer
 from pact.reporting import Meter, RewardPrinter, RewardProgress
-from pact.rollout import CallRules, RolloutLimits, Sampling, Trajectory, run_rollouts
+from pact.rollout import CallRules, Generator, RolloutLimits, Sampling, Trajectory, run_rollouts
 from pact.samples import (
     Estimator,
     check_gold,
@@ -145,7 +149,8 @@ class PactTrainer(CheckpointedTrainer):
                 f"{args.world_size} processes and {len(self._tasks())} training tasks: start at most as many processes "
                 "as there are tasks, or give more tasks"
             )
-        self.engine = TransformersEngine(self.model, max_batch=args.generation_batch_size)
+        self.engine = self._make_engine()
+        self._sent = -1  # optimiser step whose weights an engine of its own has
         self.reference: Snapshot | None = None  # the trainable weights as they were when training began
         self._tokens = 0  # unique tokens of the last micro-batch
         self.records: list[EpisodeRecord] = []  # of the last evaluation, at optimiser step records_step
@@ -194,7 +199,10 @@ class PactTrainer(CheckpointedTrainer):
         The rollouts that the checkpoint kept are trained on first.
         """
         self.reference = None
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._sent = -1  # the best weights of the run may have taken the place of the last
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._keep_reference()
@@ -283,7 +291,12 @@ class PactTrainer(CheckpointedTrainer):
             for task, attempts in zip(tasks, episodes, strict=True)
         ]
         pairs = zip(tasks, episodes, strict=True)
-        return episodes, [rl_group(task, attempts, tokenizer, estimator, self.config) for task, attempts in pairs]
+        groups = [rl_group(task, attempts, tokenizer, estimator, self.config) for task, attempts in pairs]
+        if not isinstance(self.engine, TransformersEngine):
+            for group, attempts in zip(groups, episodes, strict=True):
+                for rollout, episode in zip(group.rollouts, attempts, strict=True):
+                    rollout.engine_logp = episode.logp
+        return episodes, groups
 
     def _example(self, task: Task, reads: bool) -> Group:
         """The trace as a target and no rollouts; also shown in the prompt when the policy ``reads`` it and it fits."""
@@ -293,9 +306,35 @@ class PactTrainer(CheckpointedTrainer):
         assert group is not None, "_usable kept only traces that fit"
         return group
 
+    def _make_engine(self) -> Generator | VllmEngine:
+        args = self.args
+        if args.engine == "transformers" or not self._plays(args):
+            return TransformersEngine(self.model, max_batch=args.generation_batch_size)
+        return make_engine(
+            args.vllm_options(),
+            causal_lm(self.model).config,
+            self.processing_class,
+            Path(str(args.output_dir)),
+            max_batch=args.generation_batch_size,
+            sampling=Sampling(self.config.temperature, args.top_p),
+        )
+
+    @contextlib.contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """The engine ready to sample from the policy: the model with its weights whole, or weights of the engine's own
+        brought up to this step. Every process enters it at once."""
+        if isinstance(self.engine, TransformersEngine):
+            with self.accelerator.autocast(), whole_weights(self.accelerator, self.model):
+                yield
+            return
+        if self._sent != self.state.global_step:
+            cast(VllmEngine, self.engine).update(policy_weights(self.model), self.state.global_step)
+            self._sent = self.state.global_step
+        yield
+
     def generate(self, tasks: list[Task]) -> list[list[Trajectory]]:
         """Episodes of ``tasks``, ``num_rollouts`` each, sampled from the prompt alone."""
-        with self.accelerator.autocast(), whole_weights(self.accelerator, self.model):
+        with self._sampling():
             return run_rollouts(
                 self.env,
                 tasks,
@@ -338,21 +377,40 @@ class PactTrainer(CheckpointedTrainer):
 
     def attach_logprobs(self, groups: list[Group]) -> None:
         """Fix old and reference log-probs where the objective cannot take them from its own forward."""
-        if not self._plays(self.args):
+        if not self._plays(self.args) or not (groups or is_sharded(self.accelerator)):
             return
         start = time.perf_counter()
+        # DDP's forward is work of all processes (it broadcasts buffers), and they have not equally many here.
+        model = self.model_wrapped if is_sharded(self.accelerator) else self.model
         with self.accelerator.autocast(), evaluating(self.model):
             if self.args.rollout_batch_steps > 1 or self.config.ratio_reference == "behavior":
-                self.objective.attach_logprobs(self.model_wrapped, groups, field="old_logp")
+                self.objective.attach_logprobs(model, groups, field="old_logp")
             if self.reference is not None:
                 with self.reference.restored(self.model):
-                    self.objective.attach_logprobs(self.model_wrapped, groups, field="ref_logp")
+                    self.objective.attach_logprobs(model, groups, field="ref_logp")
+            if not isinstance(self.engine, TransformersEngine):
+                self._correct(model, groups)
             if self._probing():
-                latent = self.objective.latent_trace(self.model_wrapped, groups)
+                latent = self.objective.latent_trace(model, groups)
                 rollouts = latent.pop("latent/rollouts", 0.0)
                 for name, value in latent.items():
                     self.meter.add(name, value * rollouts, rollouts)
         self.meter.add("seconds/logprob", time.perf_counter() - start, self.args.rollout_batch_steps)
+
+    def _correct(self, model: nn.Module, groups: list[Group]) -> None:
+        """Weigh tokens by how much the engine that sampled them and the trainer disagree, and log by how much."""
+        alone = [
+            Group(group.head_ids, group.suffix_ids, rollouts=[replace(one, old_logp=None) for one in group.rollouts])
+            for group in groups
+        ]
+        self.objective.attach_logprobs(model, alone, field="old_logp")
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        ours = [(rollout.old_logp or {})[PROMPT] for group in alone for rollout in group.rollouts]
+        sums = correct(rollouts, ours, self.args.engine_correction)
+        tokens, largest = sums.pop("tokens"), sums.pop("engine_gap_max")
+        self.meter.add("engine/gap_max", largest)
+        for name, value in sums.items():
+            self.meter.add(name.replace("_", "/", 1), value, tokens)
 
     def _probing(self) -> bool:
         """Whether this step also computes what only diagnostics need."""
@@ -466,7 +524,7 @@ class PactTrainer(CheckpointedTrainer):
         options: Any = {"limits": self.limits, "sampling": sampling, "rules": self.rules}
 
         def played() -> list[EpisodeRecord]:
-            with self.accelerator.autocast(), whole_weights(self.accelerator, self.model):
+            with self._sampling():
                 return evaluate(self.engine, self.env, self.processing_class, mine, **options) if mine else []
 
         records = self.act(played, evaluation=True)
@@ -508,7 +566,9 @@ class WarmStartTrainer(PactTrainer):
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError when the tokenizer has ids that the model has no embedding for."""
+    """Raises ValueError when the tokenizer has ids that the model has no embedding for, TypeError when its head is no
+    plain linear layer."""
+    vocabulary_size(model)
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(

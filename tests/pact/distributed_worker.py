@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc_per_node 2 distributed_worker.py STRATEGY FOLDER
 
-STRATEGY: "ddp" (one process too) or "fsdp2". accelerate leaves FSDP2 off on a CPU, so the worker passes gloo off as a
+STRATEGY: "ddp" (one process too), "zero3" (DeepSpeed has to be installed) or "fsdp2". accelerate leaves FSDP2 off on a CPU, so the worker passes gloo off as a
 backend of accelerators; everything after that is accelerate's own FSDP2.
 """
 
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from trainer_setup import SteeredTrainer, WarmStartTrainer, make_trainer, tiny_model, toybox
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pact.distributed import policy_weights
 from pact.objective import PactConfig
@@ -67,13 +68,16 @@ def whole(tensor):
 
 
 class Watch(TrainerCallback):
-    """The whole gradients of every optimiser step, and whether all parameters were sharded."""
+    """The whole gradients of every optimiser step (but DeepSpeed's), and whether all parameters were sharded."""
 
     def __init__(self):
         self.gradients, self.sharded = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         parameters = dict(model.named_parameters())
+        if any(hasattr(p, "ds_id") for p in parameters.values()):
+            self.sharded.append(all(p.ds_tensor.numel() < p.ds_numel for p in parameters.values()))
+            return
         self.sharded.append(isinstance(model, FSDPModule) and all(isinstance(p, DTensor) for p in parameters.values()))
         self.gradients.append({name: whole(p.grad) for name, p in parameters.items() if p.grad is not None})
 
@@ -90,8 +94,20 @@ class IdleTrainer(SteeredTrainer):
         return [everyone if self.args.process_index == 0 else [], *([] for _ in step[1:])]
 
 
-def run(name, settings, folder):
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,  # SGD, which shows a gradient that is wrong by a factor
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 0.0,
+}
+
+
+def run(strategy, settings, folder):
     settings = dict(settings)
+    unset_hf_deepspeed_config()  # else the next model would be made in shards, and initialised with other numbers
+    if strategy == "zero3":
+        settings["deepspeed"] = ZERO3
     offload = settings.pop("offload", False)
     os.environ["FSDP_OFFLOAD_PARAMS"] = str(offload).lower()
     env = toybox(**settings.pop("env", {}))
@@ -126,7 +142,7 @@ def main():
     if strategy == "fsdp2":
         pass_gloo_off_as_accelerators()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    results = {name: run(name, settings, folder / "run") for name, settings in SCENARIOS.items()}
+    results = {name: run(strategy, settings, folder / "run") for name, settings in SCENARIOS.items()}
     torch.save(results, folder / f"{strategy}_{os.environ.get('WORLD_SIZE', 1)}_{os.environ.get('RANK', 0)}.pt")
 
 
