@@ -59,6 +59,10 @@ class Terminated(RunStopped):
     exit_code = 128 + signal.SIGTERM
 
 
+class _NotSaved(Exception):
+    """A checkpoint could not be written; nothing of it is left."""
+
+
 class _Preempted(BaseException):
     """SIGTERM while rollouts are under way; not an Exception, so that no environment takes it for its own failure."""
 
@@ -80,10 +84,15 @@ class CheckpointedTrainer(Trainer):
 
     args: PactTrainingArguments
     model: nn.Module
-    how_to_resume = "resume_from_checkpoint"  # said at the end of messages
+    how_to_resume = "continue with: train(resume_from_checkpoint=True)"  # said at the end of messages
 
     def _start_watching(self) -> None:
-        """Called once, at the end of the subclass's ``__init__``."""
+        """Called once, when the subclass is being made."""
+        self._reset()
+        self.add_callback(_Watch(self))
+
+    def _reset(self) -> None:
+        """Training as it begins."""
         self.buffer: deque[list[list[Group]]] = deque()  # optimiser steps whose rollouts exist already
         self.current: list[list[Group]] | None = None  # the optimiser step that is being computed
         self._taken = 0  # micro-batches that a restored buffer has taken from the data
@@ -94,7 +103,6 @@ class CheckpointedTrainer(Trainer):
         self._grad_norm = 0.0
         self._meter_before: dict[str, tuple[float, float]] = {}  # the meter's sums before the current step
         self._signalled = self._acting = self._stopping = self._evaluating = False
-        self.add_callback(_Watch(self))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -106,6 +114,7 @@ class CheckpointedTrainer(Trainer):
         """
         folder = self._folder()
         set_seed(self.args.seed)  # whatever ran before in this process: a warm start, an evaluation
+        self._reset()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_whole(folder) or "") or None
             if resume_from_checkpoint is None:
@@ -131,6 +140,7 @@ class CheckpointedTrainer(Trainer):
                 raise
             self._stop(f"step {self.state.global_step + 1} failed: {error}", error)
         finally:
+            self.is_in_train = False
             for callback in self.callback_handler.callbacks:  # what is said next begins a line of its own
                 if bar := getattr(callback, "training_bar", None):
                     bar.close()
@@ -144,7 +154,14 @@ class CheckpointedTrainer(Trainer):
     # -- saving --
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """A whole checkpoint of this step, or RunStopped and no trace of one; older ones go last."""
+        """A whole checkpoint of this step, or RunStopped and no trace of one."""
+        try:
+            self._save_whole(model, trial)
+        except _NotSaved as error:
+            raise RunStopped(f"{error}; {self.how_to_resume}") from error.__cause__
+
+    def _save_whole(self, model: nn.Module, trial: Any = None) -> Path:
+        """Write a checkpoint of this step, mark it and let older ones go; returns its folder."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         for work in (partial(self._write_checkpoint, folder, model, trial), partial(self._seal, folder)):
             error: Exception | None = None
@@ -157,7 +174,12 @@ class CheckpointedTrainer(Trainer):
             if failed:
                 if self.args.should_save and read_mark(folder) is None:
                     remove(folder)
-                raise self._not_saved(folder, failed[0]) from error
+                last, free = last_whole(folder.parent), shutil.disk_usage(folder.parent).free
+                raise _NotSaved(
+                    f"{folder} could not be written ({gigabytes(free)} are free): {failed[0].rstrip('.')}. "
+                    f"The last whole checkpoint is {last or 'none'}"
+                ) from error
+        return folder
 
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if not any(gather_object([read_mark(folder) is not None])):  # else only the rollouts can be new
@@ -206,14 +228,6 @@ class CheckpointedTrainer(Trainer):
         short = shortage(folder, size)
         return OSError(f"{short}, make room") if short else None
 
-    def _not_saved(self, folder: Path, why: str) -> RunStopped:
-        last = last_whole(folder.parent)
-        free = gigabytes(shutil.disk_usage(folder.parent).free)
-        return RunStopped(
-            f"{folder} could not be written ({free} are free): {why.rstrip('.')}. The last whole checkpoint is "
-            f"{last or 'none'}; {self.how_to_resume}"
-        )
-
     def _saves_together(self) -> bool:
         """Whether processes wait for each other in the middle of a save."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or self.state.best_global_step)
@@ -231,13 +245,11 @@ class CheckpointedTrainer(Trainer):
             raise ValueError(f"{checkpoint} is not whole (it has no {MARK}): resume from another checkpoint")
         check_resumable(mark, now, checkpoint)
         self.args.eval_on_start = mark.evaluate  # otherwise it was made before the checkpoint
-        self.buffer.clear()
         if mark.world_size == now.world_size:
             self.buffer.extend(load_groups(checkpoint / buffer_name(self.args.process_index)))
         if len(set(gather_object([len(self.buffer)]))) > 1:  # killed while a stop rewrote them: they are played again
             self.buffer.clear()
         self._taken = sum(map(len, self.buffer))
-        self.sums, self.meter, self.totals, self._steps = {}, Meter(), Meter(), 0
         for process in range(self.args.process_index, mark.world_size, now.world_size):
             tally = torch.load(checkpoint / tally_name(process), weights_only=True, map_location="cpu")
             add_metrics(self.sums, {name: value.to(self.args.device) for name, value in tally["sums"].items()})
@@ -290,8 +302,7 @@ class CheckpointedTrainer(Trainer):
             self.buffer.appendleft(self.current)
             self.meter = Meter.of(self._meter_before)
             self.current, self._steps = None, self._steps - 1
-        folder = self._folder()
-        last = last_whole(folder)
+        last = last_whole(self._folder())
         instead = f"The last whole checkpoint is {last}" if last else "There is no checkpoint yet"
         if self.state.global_step == 0 and not self.buffer:
             return "Nothing was trained yet"
@@ -299,8 +310,10 @@ class CheckpointedTrainer(Trainer):
             return f"The weights are not finite and were not saved. {instead}"
         if self.is_deepspeed_enabled and self.step_sums:  # its backward has updated already
             return instead
-        self._save_checkpoint(self.model_wrapped)
-        return f"The state before that is in {folder / f'{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}'}"
+        try:
+            return f"The state before that is in {self._save_whole(self.model_wrapped)}"
+        except _NotSaved as error:
+            return str(error)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -345,7 +358,6 @@ class CheckpointedTrainer(Trainer):
             if self._acting:
                 raise _Preempted
 
-        self._signalled = self._acting = self._stopping = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -238,7 +238,7 @@ def stage(folder: Path) -> str:
 def outcome(folder: Path) -> dict[str, Any]:
     """All that a finished run leaves, without the time it took."""
     run = folder / RUN
-    [last] = checkpoints.checkpoints(run)
+    last = checkpoints.checkpoints(run)[-1]  # one before it stays when the kill comes before its removal, at the end
     state = json.loads((last / checkpoints.STATE).read_text())
     state["log_history"] = [timeless(line) for line in state["log_history"]]
     loaded = {name: torch.load(last / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler")}
@@ -348,8 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": "make kill",
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, CPU, 1 thread",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__},
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "uninterrupted_seconds": round(seconds, 1),
             "runs": len(records),
             "kills": sum(len(record["killed"]) for record in records),

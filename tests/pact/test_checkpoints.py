@@ -16,7 +16,7 @@ import pytest
 import torch
 from trainer_setup import largest_difference, make_trainer, weights
 
-from pact import checkpoints, cli, train
+from pact import checkpoints, cli, recovery, train
 from pact.checkpoints import MARK, Mark, check_resumable, last_whole, read_mark, rotate
 from pact.files import replace_folder, write_whole
 from pact.objective import PactConfig
@@ -309,6 +309,18 @@ def test_a_full_disk_costs_no_whole_checkpoint(small_disk, whole, monkeypatch):
     assert message.endswith(f". The last whole checkpoint is {folder}/checkpoint-2; continue with: the checkpoint")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     goes_on_as(whole, folder)
+
+
+def test_why_a_run_stops_is_said_although_its_checkpoint_cannot_be_written(tmp_path, monkeypatch):
+    trainer = trainer_in(tmp_path)
+    trainer.engine.open = at_call(2, fail, trainer.engine.open)
+    monkeypatch.setattr(recovery, "save_groups", at_call(1, fail, recovery.save_groups))
+    assert re.fullmatch(
+        rf"playing episodes for step 3 failed: the server is gone\. {tmp_path}/checkpoint-2 could not be written "
+        r"\(\S+ GiB are free\): the server is gone\. The last whole checkpoint is none; continue with: the checkpoint",
+        stopped(trainer),
+    )
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_room_is_checked_before_the_run_and_before_a_save(tmp_path, monkeypatch):
