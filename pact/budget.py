@@ -14,7 +14,7 @@ from pact.arguments import PactTrainingArguments
 from pact.envs import Task
 from pact.groups import PactConfig
 from pact.memory import GIB, RESERVE, Estimate, Shadow, Strategy, checkpoints, count, estimate, fit_tokens
-from pact.workload import Workload, group_of, longest_sequence
+from pact.workload import Workload, group_of, longest_sequence, room_for_rollouts
 
 MENDS = "train LoRA adapters (lora_r), take dtype bfloat16, an optimiser with smaller states (optim), or shard (FSDP2)"
 PARTS = {
@@ -85,7 +85,7 @@ class Fit:
 
     def check_fixed(self) -> None:
         """Raises ValueError where weights, gradients and optimiser states alone do not fit."""
-        need = estimate(self.shadow, self.args, self.strategy, 3, **self._options)
+        need = estimate(self.shadow, self.args, self.strategy, 0, **self._options)
         if need.fixed > room_in(self.free):
             raise ValueError(
                 f"{fixed_parts(need)} take {gib(need.fixed)} GiB ({count(self.shadow.trainable) / 1e6:,.1f} million "
@@ -120,7 +120,8 @@ class Fit:
         room, longest = room_in(self.free), self.config.context_length
         if longest is None or training(longest) > room:
             groups = (group_of(task, tokenizer, self.config) for task in tasks)
-            longest = max(longest_sequence(group, self.config, self.args) for group in groups)
+            usable = (group for group in groups if room_for_rollouts(group, self.config, self.args))
+            longest = max((longest_sequence(group, self.config, self.args) for group in usable), default=3)
         tokens = fit_tokens(training, room, longest)
         if tokens is None:
             less = "lower max_response_tokens or context_length"

@@ -329,7 +329,7 @@ def estimate(
     """The memory of one process.
 
     Args:
-        tokens: unique tokens of the largest tree.
+        tokens: unique tokens of the largest tree; 0: only what does not depend on tokens.
         cached_tokens: tokens that rollouts hold in the KV cache at a time.
         with_reference: whether a copy of the trainable weights is kept for the KL term.
         accumulates: whether an optimiser step has more than one tree.
@@ -347,11 +347,13 @@ def estimate(
         "reference": gradients // strategy.share("weights") * with_reference,
     }
     sharded = strategy.share("weights") > 1
-    peak = shadow.step(tokens, accumulates=accumulates or strategy.processes > 1).peak
+    peak = shadow.gradients
+    if tokens:
+        peak = shadow.step(tokens, accumulates=accumulates or strategy.processes > 1).peak
     return Estimate(
         **dict.fromkeys(persistent, 0) if strategy.offload else persistent,
         communication=_gathered_layers(shadow, dtype) if sharded else gradients * (strategy.name == "ddp"),
-        activations=peak - size_of(trainable),
+        activations=peak - shadow.gradients,
         rollouts=cached_tokens * shadow.cache_bytes + (size_of(shadow.parameters, dtype) if sharded else 0),
         tokens=tokens,
     )

@@ -12,7 +12,7 @@ from test_train import TINY
 from trainer_setup import arguments, tiny_model, toybox
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pact import cli
+from pact import cli, train
 from pact.arguments import parse_settings, with_token_budget
 from pact.budget import Fit, room_in
 from pact.groups import PactConfig
@@ -363,3 +363,22 @@ def test_train_stops_before_any_work_when_nothing_can_fit(config, capsys):
     assert cli.main(["train", str(config), "--run_name", "no", "--memory_gib", "0.00001"]) == 2
     assert "LoRA" in capsys.readouterr().err
     assert not Path("runs/no").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_r", "2"], ["--dtype", "bfloat16", "--copy_gain", "0"]])
+def test_outline_is_the_model_that_is_loaded(tmp_path, flags):
+    """Names, shapes, dtypes and what is trained: of a folder with and without adapters, and of a new model."""
+    env = toybox()
+    model = tiny_model(env.tokenizer())
+    model.save_pretrained(tmp_path)
+    env.tokenizer().save_pretrained(tmp_path)
+    source = ["--model", "toybox"] if "bfloat16" in flags else ["--model", str(tmp_path)]
+    settings = parse_settings([*source, *flags])
+    loaded, tokenizer = train.load_model(settings.model, env, 0, None, settings.lora)
+    shadow = Shadow(lambda: train.outline(settings, tokenizer), CONFIG, arguments(tmp_path))
+    kinds = [
+        {name: (p.shape, p.dtype, p.requires_grad) for name, p in made.named_parameters()}
+        for made in (loaded, shadow.model)
+    ]
+    assert kinds[0] == kinds[1]
+    assert shadow.step(64).peak > 0
