@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup train test sweep lint bench bfcl-gold gpu vllm kill verl
+.PHONY: setup train test sweep lint bench bfcl-gold gpu vllm kill verl zero3
 setup: $(READY)
 	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the environments ftrl, toolhop and bfcl need it (Debian: apt-get install bubblewrap)"
 
@@ -39,6 +39,20 @@ $(VERL)/.ready: tests/pact/verl_requirements.txt
 verl: $(VERL)/.ready
 	$(VERL)/bin/python -m pytest tests/pact/test_verl.py tests/pact/test_verl_package.py
 	$(VERL)/bin/python -W ignore tests/pact/verl_cpu.py --output benchmarks/results/verl_cpu.json
+
+# DeepSpeed ZeRO-3 on two processes against one plain process, on a CPU, in an environment of its own. DeepSpeed is built
+# without its GPU operators. Five minutes.
+ZERO := .venv-zero3
+$(ZERO)/.ready: pyproject.toml constraints.txt
+	python3 -m venv $(ZERO)
+	$(ZERO)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel
+	$(ZERO)/bin/python -m pip install -q -c constraints.txt -e '.[train]' pytest
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO)/bin/python -m pip install -q --no-build-isolation --no-deps \
+		deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
+	touch $@
+
+zero3: $(ZERO)/.ready
+	PATH=$(abspath $(ZERO))/bin:$$PATH $(ZERO)/bin/python tests/zero3.py
 
 lint: setup
 	$(PYTHON) -m ruff check .

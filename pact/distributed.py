@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -111,6 +111,29 @@ def balance(accelerator: Accelerator, groups: Sequence[Group], costs: Sequence[i
 
 
 @contextmanager
+def reduction(accelerator: Accelerator, model: nn.Module, last: bool) -> Iterator[None]:
+    """A forward and backward whose gradients are reduced over the processes only where it is the ``last`` of a
+    micro-batch.
+
+    Sharded gradients are reduced after every backward: until then each process would hold those of the whole model.
+    """
+    state, step_ends = accelerator.gradient_state, accelerator.sync_gradients
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        state._set_sync_gradients(step_ends and last)  # with True, DeepSpeed takes the optimiser's step in backward
+    try:
+        with nullcontext() if last or is_sharded(accelerator) else accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(step_ends)
+
+
+def backward_options(accelerator: Accelerator) -> dict[str, Any]:
+    """Of ``accelerator.backward``: DeepSpeed would divide by the accumulation steps, which the global denominators
+    have done."""
+    return {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+
+@contextmanager
 def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Keep the weights whole on every process, so that each may run as many forwards as it likes (generation).
 
@@ -160,7 +183,7 @@ def _gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     offload = None if wrapper is None else getattr(wrapper.engine.optimizer, "parameter_offload", None)
     if offload is not None:
         for parameter in model.parameters():
-            parameter.ds_active_sub_modules.clear()
+            cast(Any, parameter).ds_active_sub_modules.clear()
         for hook in [*offload.forward_hooks, *offload.backward_hooks]:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []

@@ -36,10 +36,10 @@ from pact.evaluate import (
     record_line,
     tabulate,
 )
+from pact.modeling import check_vocabulary
 from pact.reporting import exit_code
 from pact.rollout import CallRules, Generator, RolloutLimits, Sampling
 from pact.trace import prepare_tokenizer
-from pact.trainer import check_vocabulary
 
 logger = getLogger("pact.eval")
 

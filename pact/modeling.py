@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pact_kernels import PrefixTree, tree_attention
 
@@ -95,6 +96,29 @@ def attach_tree_attention(model: nn.Module) -> None:
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, _mask)
     lm.set_attn_implementation(ATTENTION)
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor", mode: str | None = None) -> None:
+    """Compile every decoder layer in place, with dynamic shapes: all layers share one graph, for trees of any size.
+
+    Layers, not the model: what wraps it (FSDP2, DDP) stays outside of the graphs, and the LM head and the loss are
+    fused operators already. State dicts do not change.
+
+    Raises:
+        ValueError: a mode that captures CUDA graphs, which are one a shape; a model without marked layers.
+    """
+    if mode in ("reduce-overhead", "max-autotune"):
+        raise ValueError(
+            f"torch_compile_mode {mode} captures a CUDA graph for each shape, and no two trees are alike: take default "
+            "or max-autotune-no-cudagraphs"
+        )
+    layers = [module for module in causal_lm(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(causal_lm(model)).__name__} does not mark its layers: set torch_compile to false")
+    # Checkpointing lies inside of the graphs; a layer that is recomputed has been counted (``_TreePass.n_calls``).
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    for layer in layers:
+        layer.compile(backend=backend, mode=mode, dynamic=True)
 
 
 def tree_hidden(model: nn.Module, tree: PrefixTree, backend: str = "auto") -> Tensor:
@@ -174,6 +198,18 @@ def lm_head(model: nn.Module) -> Head:
 def vocabulary_size(model: nn.Module) -> int:
     """Rows of the LM head, also where its weight is sharded. Raises TypeError as ``lm_head``."""
     return _linear_head(causal_lm(model)).out_features
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError when the tokenizer has ids that the model has no embedding for, TypeError when its head is no
+    plain linear layer."""
+    vocabulary_size(model)
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings: take the tokenizer that "
+            "belongs to the model, or call model.resize_token_embeddings"
+        )
 
 
 def _linear_head(lm: PreTrainedModel) -> nn.Linear:

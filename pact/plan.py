@@ -20,8 +20,8 @@ from pact.envs import make
 from pact.memory import RESERVE, Shadow, Strategy, autocast_dtype, checkpoints, count, free_memory
 from pact.modeling import causal_lm, vocabulary_size
 from pact.reporting import exit_code
+from pact.samples import with_context
 from pact.train import load_tasks, load_tokenizer, outline
-from pact.trainer import with_context
 from pact.workload import SAMPLE, StepTokens, workload
 
 USAGE = "pact plan [CONFIG.yaml] [--processes N] [--sample N] [--SETTING VALUE ...]"

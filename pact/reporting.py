@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from pact.files import replace_file, write_whole
+from pact.rollout import Trajectory
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
+STOP_REASONS = ("answer", "turn_limit", "token_limit", "context_limit")
 DRAW_SECONDS = 60.0  # at least, between two drawings at saves
 
 # One panel a row: title, then the metrics of metrics.jsonl drawn in it.
@@ -58,6 +61,23 @@ class Meter:
     def means(self) -> dict[str, float]:
         """Sum over count by name; what has no count is left out."""
         return {name: value / count for name, (value, count) in self.sums.items() if count}
+
+
+def meter_episodes(meter: Meter, episodes: Sequence[Sequence[Trajectory]]) -> None:
+    """Add what the episodes of each prompt earned, how long they were and why they ended."""
+    for attempts in episodes:
+        rewards = [episode.score.reward for episode in attempts]
+        meter.add("reward_std", statistics.pstdev(rewards))
+        meter.add("reward_equal", float(len(set(rewards)) == 1))
+        for episode in attempts:
+            meter.add("reward", episode.score.reward)
+            meter.add("turns", len(episode.turns))
+            meter.add("tokens/response", len(episode.ids))
+            meter.add("tokens/sampled", sum(episode.sampled))
+            for name, value in episode.score.metrics.items():
+                meter.add(name, value)
+            for reason in STOP_REASONS:
+                meter.add(f"stop/{reason}", float(episode.stop_reason == reason))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pact import advantages
 from pact.call_text import CallForm, find_reasoning
@@ -194,6 +194,16 @@ def sft_group(
 def _fits(head_ids: list[int], suffix_ids: list[int], trace: TokenizedTrace, config: PactConfig) -> bool:
     tokens = len(head_ids) + len(suffix_ids) + len(trace.ids)
     return config.context_length is None or tokens <= config.context_length
+
+
+def with_context(config: PactConfig, model: PreTrainedModel) -> PactConfig:
+    """``config`` with the model's context length where it sets none; raises ValueError where it sets a longer one."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if config.context_length is None:
+        return replace(config, context_length=longest)
+    if longest is not None and config.context_length > longest:
+        raise ValueError(f"context_length {config.context_length} is over the model's {longest}: lower it")
+    return config
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

@@ -51,10 +51,11 @@ from pact.files import write_whole
 from pact.memory import NoEstimate, Shadow, Strategy, free_memory
 from pact.report import CONFIG_FILE, EVAL_FINAL, EVAL_START, REPORT_FILE, ReportWriter, write_report
 from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, exit_code, peak_memory_bytes
-from pact.samples import with_usable_trace
+from pact.samples import with_context, with_usable_trace
 from pact.scratch import new_model
 from pact.trace import prepare_tokenizer
-from pact.trainer import PactTrainer, WarmStartTrainer, with_context
+from pact.trainer import PactTrainer
+from pact.warm_start import WarmStartTrainer
 from pact.workload import workload
 
 logger = logging.get_logger(__name__)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import DistributedType
-from accelerate.utils import gather_object
+from accelerate.utils import TorchDynamoPlugin, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -31,11 +29,13 @@ from pact.correction import correct
 from pact.distributed import (
     Snapshot,
     assign,
+    backward_options,
     balance,
     check_strategy,
     is_sharded,
     most,
     policy_weights,
+    reduction,
     set_precision,
     whole_weights,
 )
@@ -45,10 +45,10 @@ from pact.envs import Environment, Task
 from pact.evaluate import EpisodeRecord, evaluate, summarize
 from pact.groups import PROMPT, term_weights
 from pact.metrics import add_metrics
-from pact.modeling import attach_tree_attention, causal_lm, evaluating, vocabulary_size
+from pact.modeling import attach_tree_attention, causal_lm, check_vocabulary, compile_layers, evaluating
 from pact.objective import Denominators, Group, PactConfig, PactObjective, flatten_metrics
 from pact.recovery import CheckpointedTrainer
-from pact.reporting import Meter, RewardPrinter, RewardProgress
+from pact.reporting import Meter, RewardPrinter, RewardProgress, meter_episodes
 from pact.rollout import CallRules, Generator, RolloutLimits, Sampling, Trajectory, run_rollouts
 from pact.samples import (
     Estimator,
@@ -57,6 +57,7 @@ from pact.samples import (
     check_tasks,
     rl_group,
     sft_group,
+    with_context,
     with_reward,
     with_usable_trace,
 )
@@ -65,7 +66,6 @@ from pact.trace import prepare_tokenizer
 logger = logging.get_logger(__name__)
 
 MicroBatch = list[Group]
-STOP_REASONS = ("answer", "turn_limit", "token_limit", "context_limit")
 
 
 class PactTrainer(CheckpointedTrainer):
@@ -140,6 +140,8 @@ class PactTrainer(CheckpointedTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(RewardPrinter if args.disable_tqdm else RewardProgress)
         self._start_watching()
+        if args.torch_compile:
+            compile_layers(model, cast(str, args.torch_compile_backend), args.torch_compile_mode)
         check_strategy(self.accelerator)
         set_precision(self.accelerator)
         if is_sharded(self.accelerator):
@@ -155,6 +157,10 @@ class PactTrainer(CheckpointedTrainer):
         self._tokens = 0  # unique tokens of the last micro-batch
         self.records: list[EpisodeRecord] = []  # of the last evaluation, at optimiser step records_step
         self.records_step = -1
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Without accelerate's own torch.compile: it would wrap the model, whose layers are compiled in place."""
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def _configure(self, config: PactConfig) -> PactConfig:
         return config
@@ -274,7 +280,10 @@ class PactTrainer(CheckpointedTrainer):
         episodes = self.act(lambda: self.generate(tasks))
         seconds = time.perf_counter() - start
         episodes, groups = self.act(lambda: self.score(tasks, episodes))
-        self._meter_episodes(episodes, seconds)
+        meter_episodes(self.meter, episodes)
+        sampled = sum(sum(episode.sampled) for attempts in episodes for episode in attempts)
+        self.meter.add("tokens_per_second/generate", sampled, seconds)
+        self.meter.add("seconds/generate", seconds, self.args.rollout_batch_steps)
         self._warn_of_no_signal(groups)
         for task, group in zip(tasks, groups, strict=True):
             self.meter.add("trace_overflow", float(task.expert is not None and group.trace is None))
@@ -324,7 +333,9 @@ class PactTrainer(CheckpointedTrainer):
         """The engine ready to sample from the policy: the model with its weights whole, or weights of the engine's own
         brought up to this step. Every process enters it at once."""
         if isinstance(self.engine, TransformersEngine):
-            with self.accelerator.autocast(), whole_weights(self.accelerator, self.model):
+            whole = whole_weights(self.accelerator, self.model)
+            # Sampling feeds a token a row to a growing cache: eager, so that it asks for no graphs of its own.
+            with torch.compiler.set_stance("force_eager"), self.accelerator.autocast(), whole:
                 yield
             return
         if self._sent != self.state.global_step:
@@ -347,26 +358,6 @@ class PactTrainer(CheckpointedTrainer):
                 seed=self.stream("rollout").getrandbits(63),
                 places=self.places(len(tasks)),
             )
-
-    def _meter_episodes(self, episodes: list[list[Trajectory]], seconds: float) -> None:
-        add = self.meter.add
-        for attempts in episodes:
-            rewards = [episode.score.reward for episode in attempts]
-            add("reward_std", statistics.pstdev(rewards))
-            add("reward_equal", float(len(set(rewards)) == 1))
-            for episode in attempts:
-                sampled = sum(episode.sampled)
-                add("reward", episode.score.reward)
-                add("turns", len(episode.turns))
-                add("tokens/response", len(episode.ids))
-                add("tokens/sampled", sampled)
-                add("tokens_per_second/generate", sampled, 0)
-                for name, value in episode.score.metrics.items():
-                    add(name, value)
-                for reason in STOP_REASONS:
-                    add(f"stop/{reason}", float(episode.stop_reason == reason))
-        add("tokens_per_second/generate", 0, seconds)
-        add("seconds/generate", seconds, self.args.rollout_batch_steps)
 
     def _warn_of_no_signal(self, groups: list[Group]) -> None:
         if all(abs(value) < 1e-9 for group in groups for rollout in group.rollouts for value in rollout.advantage):
@@ -437,10 +428,10 @@ class PactTrainer(CheckpointedTrainer):
             idle = self.objective.nothing(1)  # every process takes part in the reduction of gradients
         loss = torch.zeros((), device=self.args.device)
         for i, batch in enumerate(batches + idle):
-            with self._reduction(model, last=i == len(batches + idle) - 1):
+            with reduction(self.accelerator, model, last=i == len(batches + idle) - 1):
                 with self.accelerator.autocast():
                     result = self.objective.loss(model, batch)
-                self.accelerator.backward(result.loss * self.args.world_size, **self._backward_options)
+                self.accelerator.backward(result.loss * self.args.world_size, **backward_options(self.accelerator))
             if i < len(batches):
                 loss += result.loss.detach() * self.args.world_size
                 add_metrics(self.step_sums, result.metrics)
@@ -457,26 +448,6 @@ class PactTrainer(CheckpointedTrainer):
             (self.objective.loss(self.model, batch).loss for batch in self.objective.build(inputs, progress)),
             torch.zeros((), device=self.args.device),
         )
-
-    @contextlib.contextmanager
-    def _reduction(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Gradients are reduced over the processes after the last backward of a micro-batch alone.
-
-        Sharded ones are after every backward: until then each process would hold the gradients of the whole model.
-        """
-        state, step_ends = self.accelerator.gradient_state, self.accelerator.sync_gradients
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            state._set_sync_gradients(step_ends and last)  # with True, DeepSpeed takes the optimiser's step in backward
-        try:
-            with contextlib.nullcontext() if last or is_sharded(self.accelerator) else self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(step_ends)
-
-    @property
-    def _backward_options(self) -> dict[str, Any]:
-        """DeepSpeed would divide by the accumulation steps, which the global denominators have done."""
-        return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 flops a parameter and unique token: forward and backward of the last micro-batch, attention left out."""
@@ -531,57 +502,3 @@ class PactTrainer(CheckpointedTrainer):
         by_id = {record.id: record for record in gather_object(records)}
         self.records, self.records_step = [by_id[task.id] for task in tasks], self.state.global_step
         return self.records
-
-
-class WarmStartTrainer(PactTrainer):
-    """Supervised fine-tuning on the expert traces through the same objective: groups with a trace and no rollouts.
-
-    Every token that the model produces is a target with weight 1, whatever the annealing of ``config`` says. A share
-    ``warm_start_context_share`` of the examples shows the trace in the prompt too.
-    """
-
-    phase = "warm_start"
-
-    def _configure(self, config: PactConfig) -> PactConfig:
-        return replace(
-            config,
-            sft_coef=1.0,
-            sft_schedule="constant",
-            sft_token_weight="none",
-            answer_weight=1.0,
-            tool_call_weight=(1.0, 1.0),
-            reasoning_anneal="none",
-            kl_coef=0.0,
-            entropy_coef=0.0,
-        )
-
-    def _plays(self, args: PactTrainingArguments) -> bool:
-        return False
-
-    def make_groups(self, tasks: list[Task]) -> list[Group]:
-        stream, places = self.stream("context"), self.places(len(tasks))
-        draws = [stream.random() for _ in range(max(places) + 1)]
-        share = self.args.warm_start_context_share
-        return [self._example(task, draws[place] < share) for task, place in zip(tasks, places, strict=True)]
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError when the tokenizer has ids that the model has no embedding for, TypeError when its head is no
-    plain linear layer."""
-    vocabulary_size(model)
-    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings: take the tokenizer that "
-            "belongs to the model, or call model.resize_token_embeddings"
-        )
-
-
-def with_context(config: PactConfig, model: PreTrainedModel) -> PactConfig:
-    """``config`` with the model's context length where it sets none; raises ValueError where it sets a longer one."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if config.context_length is None:
-        return replace(config, context_length=longest)
-    if longest is not None and config.context_length > longest:
-        raise ValueError(f"context_length {config.context_length} is over the model's {longest}: lower it")
-    return config

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc_per_node 2 distributed_worker.py STRATEGY FOLDER
 
-STRATEGY: "ddp" (one process too), "zero3" (DeepSpeed has to be installed) or "fsdp2". accelerate leaves FSDP2 off on a CPU, so the worker passes gloo off as a
-backend of accelerators; everything after that is accelerate's own FSDP2.
+STRATEGY: "ddp" (one process too), "zero3" (DeepSpeed has to be installed) or "fsdp2". accelerate leaves FSDP2 off on a
+CPU, so the worker passes gloo off as a backend of accelerators; everything after that is accelerate's own FSDP2.
 """
 
 import os

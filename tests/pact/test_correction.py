@@ -1,4 +1,4 @@
-"""Truncated importance weights where engine and trainer differ: numbers, the loss they weigh, the trainer that logs them."""
+"""Truncated importance weights where engine and trainer differ: numbers, the loss they weigh, what the trainer logs."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ class OtherEngineTrainer(SteeredTrainer):
         class Engine:
             exact, max_batch, context_length = False, inner.max_batch, inner.context_length
             open = staticmethod(inner.open)
-            sent: list = []
 
-        Engine.sent = []
         return Engine()
 
     @contextmanager

@@ -45,15 +45,11 @@ def test_the_reference_is_the_base_model(tmp_path):
     before = [one.ref_logp for group in groups for one in group.rollouts]
     with trainer.model.disable_adapter():
         trainer.objective.attach_logprobs(trainer.model, groups, field="ref_logp")
-    after = [one.ref_logp for group in groups for one in group.rollouts]
+    base = [one.ref_logp for group in groups for one in group.rollouts]
     trainer.objective.attach_logprobs(trainer.model, groups, field="ref_logp")
     moved = [one.ref_logp for group in groups for one in group.rollouts]
-    for (branch, values), base, now in zip(
-        ((b, v) for one in before for b, v in one.items()),
-        (v for one in after for v in one.values()),
-        (v for one in moved for v in one.values()),
-    ):
-        assert values == pytest.approx(base, abs=1e-6), branch
+    for one, other in zip(before, base, strict=True):
+        assert one == {branch: pytest.approx(values, abs=1e-6) for branch, values in other.items()}
     assert any(abs(a - b) > 1e-3 for one, other in zip(before, moved) for k in one for a, b in zip(one[k], other[k]))
     assert sum(kept.numel() for kept in trainer.reference.kept) == sum(
         p.numel() for p in trainer.model.parameters() if p.requires_grad

@@ -11,7 +11,8 @@ from pact.arguments import PactTrainingArguments
 from pact.envs import make
 from pact.envs.base import Score
 from pact.objective import PactConfig
-from pact.trainer import PactTrainer, WarmStartTrainer
+from pact.trainer import PactTrainer
+from pact.warm_start import WarmStartTrainer
 
 MODEL = {
     "model_type": "qwen3",
