@@ -289,6 +289,11 @@ def run(argv: Sequence[str]) -> None:
     callbacks: list[TrainerCallback] = [metrics, ReportWriter(state.folder, test_tasks)]
     trainer = PactTrainer(model, args, env, tokenizer, config, train_tasks, test_tasks, callbacks)
     trainer.how_to_resume = _how_to_resume(state)
+    if args.warm_start_steps and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed keeps a model for one optimiser: warm-start in a run of its own (--num_rollouts 0 --sft_coef 1), "
+            "then train with --model runs/NAME/model --warm_start_steps 0"
+        )
     if trainer.is_world_process_zero() and not state.resumed:
         state.folder.mkdir(parents=True, exist_ok=True)
         write_whole(state.folder / CONFIG_FILE, yaml.safe_dump(settings.values, sort_keys=False))
