@@ -291,8 +291,8 @@ def run(argv: Sequence[str]) -> None:
     trainer.how_to_resume = _how_to_resume(state)
     if args.warm_start_steps and trainer.is_deepspeed_enabled:
         raise ValueError(
-            "DeepSpeed keeps a model for one optimiser: warm-start in a run of its own (--num_rollouts 0 --sft_coef 1), "
-            "then train with --model runs/NAME/model --warm_start_steps 0"
+            "DeepSpeed keeps a model for one optimiser: warm-start in a run of its own (--num_rollouts 0), then train "
+            "with --model runs/NAME/model --warm_start_steps 0"
         )
     if trainer.is_world_process_zero() and not state.resumed:
         state.folder.mkdir(parents=True, exist_ok=True)
