@@ -9,6 +9,7 @@ It owns the run's folder; the steps themselves are the trainer's.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import sys
 import time
@@ -45,6 +46,7 @@ from pact.arguments import (
 )
 from pact.budget import Fit
 from pact.checkpoints import STATE, last_checkpoint, save_whole
+from pact.distributed import is_sharded
 from pact.envs import Environment, Task, make
 from pact.evaluate import EpisodeRecord, load_records, paired_improvement, save_records
 from pact.files import write_whole
@@ -56,7 +58,7 @@ from pact.scratch import new_model
 from pact.trace import prepare_tokenizer
 from pact.trainer import PactTrainer
 from pact.warm_start import WarmStartTrainer
-from pact.workload import workload
+from pact.workload import usable_tasks, workload
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +85,7 @@ def open_run(argv: Sequence[str]) -> Run:
     runs = Path("runs")
     if "--resume" not in rest:
         settings = parse_settings(rest, *([config] if config else []))
-        if settings.training.output_dir != parse_settings([]).training.output_dir:
+        if "output_dir" in settings.values:
             raise ValueError("output_dir is always runs/<name> here: set run_name instead")
         return Run(_new_folder(runs, settings, config), settings, False)
     at = rest.index("--resume")
@@ -95,9 +97,10 @@ def open_run(argv: Sequence[str]) -> Run:
     if not (folder / CONFIG_FILE).is_file():
         known = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none"
         raise ValueError(f"no run {name or ''!r} to resume in {runs.absolute()}: there are {known}")
-    settings = parse_settings(rest, folder / CONFIG_FILE)
+    first = parse_settings([], folder / CONFIG_FILE)
+    settings = parse_settings(rest, folder / CONFIG_FILE)  # last: making training arguments sets up the processes
     if (folder / EVAL_START).is_file():
-        _same_evaluation(parse_settings([], folder / CONFIG_FILE), settings)
+        _same_evaluation(first, settings)
     return Run(folder, settings, True)
 
 
@@ -241,6 +244,7 @@ def fitted(state: Run, env: Environment, tasks: Sequence[Task]) -> Run:
     free = min(gather_object([free_memory(args.device, args.memory_gib)]))
     shadow = Shadow(lambda: outline(settings, tokenizer), settings.pact, args)
     config = with_context(settings.pact, shadow.model)
+    tasks = usable_tasks(tasks, tokenizer, config, args, plays=args.num_rollouts > 0)
     fit = Fit(shadow, args, config, Strategy.of(args), free)
     try:
         fit.check_fixed()
@@ -263,6 +267,14 @@ def fitted(state: Run, env: Environment, tasks: Sequence[Task]) -> Run:
 
 def run(argv: Sequence[str]) -> None:
     """Everything ``pact train`` does. Raises ValueError or RuntimeError for what the user can mend."""
+    half_way = _run(argv)
+    if half_way is not None:
+        gc.collect()  # the model of the warm start
+        _run(["--resume", half_way.name])
+
+
+def _run(argv: Sequence[str]) -> Path | None:
+    """`run`, or its first half: then the folder to resume in."""
     logging.disable_progress_bar()  # those of loading and saving weights; the trainer's own stays
     basicConfig(format="%(message)s")
     getLogger("pact").setLevel(INFO)
@@ -289,17 +301,17 @@ def run(argv: Sequence[str]) -> None:
     callbacks: list[TrainerCallback] = [metrics, ReportWriter(state.folder, test_tasks)]
     trainer = PactTrainer(model, args, env, tokenizer, config, train_tasks, test_tasks, callbacks)
     trainer.how_to_resume = _how_to_resume(state)
-    if args.warm_start_steps and trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "DeepSpeed keeps a model for one optimiser: warm-start in a run of its own (--num_rollouts 0), then train "
-            "with --model runs/NAME/model --warm_start_steps 0"
-        )
+    warming = bool(args.warm_start_steps) and not (warm_finished or finished)
+    if warming:
+        _check_warm_start(trainer)
     if trainer.is_world_process_zero() and not state.resumed:
         state.folder.mkdir(parents=True, exist_ok=True)
         write_whole(state.folder / CONFIG_FILE, yaml.safe_dump(settings.values, sort_keys=False))
         print(f"run folder: {state.folder}", flush=True)
-    if args.warm_start_steps and not (warm_finished or finished):
+    if warming:
         warm_start(state, model, env, tokenizer, warm_tasks, warm)
+        if is_sharded(trainer.accelerator):
+            return state.folder  # the model is sharded for that optimiser: the next one takes it from the checkpoint
     before = _evaluation(trainer, state.folder / EVAL_START, metrics)
     if finished and checkpoint:
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))  # evaluated as the end of training
@@ -315,6 +327,21 @@ def run(argv: Sequence[str]) -> None:
         draw_curves(state.folder / METRICS_FILE, state.folder / CURVES_FILE)
         write_report(state.folder, test_tasks or [])
         _summarise(state, trainer, before, after)
+    return None
+
+
+def _check_warm_start(trainer: PactTrainer) -> None:
+    """Raises ValueError where training could not go on with the weights of the warm start."""
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed keeps a model for one optimiser: warm-start in a run of its own (--num_rollouts 0), then train "
+            "with --model runs/NAME/model --warm_start_steps 0"
+        )
+    if is_sharded(trainer.accelerator) and trainer.args.save_strategy == "no":
+        raise ValueError(
+            "where weights are sharded, training takes those of the warm start from its checkpoint: set save_strategy "
+            "to steps"
+        )
 
 
 def warm_start(

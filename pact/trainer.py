@@ -52,16 +52,13 @@ from pact.reporting import Meter, RewardPrinter, RewardProgress, meter_episodes
 from pact.rollout import CallRules, Generator, RolloutLimits, Sampling, Trajectory, run_rollouts
 from pact.samples import (
     Estimator,
-    check_gold,
-    check_prompts,
-    check_tasks,
     rl_group,
     sft_group,
     with_context,
     with_reward,
-    with_usable_trace,
 )
 from pact.trace import prepare_tokenizer
+from pact.workload import usable_tasks
 
 logger = logging.get_logger(__name__)
 
@@ -130,7 +127,7 @@ class PactTrainer(CheckpointedTrainer):
             model=model,
             args=args,
             data_collator=list,  # type: ignore[arg-type]  # a batch is a list of tasks
-            train_dataset=self._usable(tasks, tokenizer, args),
+            train_dataset=usable_tasks(tasks, tokenizer, self.config, args, self._plays(args)),
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -168,34 +165,6 @@ class PactTrainer(CheckpointedTrainer):
     def _plays(self, args: PactTrainingArguments) -> bool:
         """Whether training generates rollouts."""
         return args.num_rollouts > 0
-
-    def _usable(self, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, args: PactTrainingArguments) -> list[Task]:
-        """The tasks that can be trained on, all of them checked before any work is done."""
-        check_tasks(tasks)
-        if self._plays(args):
-            check_gold(tasks, self.scoring)
-        else:
-            if self.config.sft_coef == 0:
-                raise ValueError("num_rollouts 0 and sft_coef 0 leave nothing to learn from: set one of them")
-            traced = with_usable_trace(tasks, tokenizer, self.config)
-            if len(traced) < len(tasks):
-                logger.warning(f"{len(tasks) - len(traced)} of {len(tasks)} tasks have no trace that fits: left out")
-            tasks = traced
-        limit = args.max_prompt_tokens
-        if self.config.context_length is not None:
-            room = self.config.context_length - min(args.max_turn_tokens, args.max_response_tokens)
-            if room < 1:
-                raise ValueError(
-                    f"max_turn_tokens {args.max_turn_tokens} leaves no room for a prompt in a context of "
-                    f"{self.config.context_length} tokens: lower it"
-                )
-            limit = room if limit is None else min(limit, room)
-        kept = check_prompts(tasks, tokenizer, limit, drop=args.overlong_prompts == "drop")
-        if len(kept) < len(tasks):
-            logger.warning(f"{len(tasks) - len(kept)} of {len(tasks)} prompts are over {limit} tokens and left out")
-        if not kept:
-            raise ValueError("there are no training tasks: check the data file, the split and overlong_prompts")
-        return kept
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None

@@ -1,4 +1,5 @@
-"""Tokens of a run before it begins: prompts, traces and the trees of an optimiser step. Knows no memory and no model.
+"""A run before it begins: the tasks that can be trained on, tokens of prompts, traces and an optimiser step's trees.
+Knows no memory and no model.
 
 What rollouts will be is not known. They are taken once as long as the task's trace and once as long as the settings
 allow, with nothing in common behind the prompt.
@@ -12,13 +13,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from pact.arguments import PactTrainingArguments
 from pact.envs import Task
 from pact.groups import PROMPT, TRACE, Group, PactConfig, Rollout, context_overflow
 from pact.objective import CoTrainBatch, PactObjective
-from pact.samples import check_tasks, sft_group
+from pact.samples import check_gold, check_prompts, check_tasks, sft_group, with_usable_trace
 from pact.trace import render_context, render_prompt
+
+logger = logging.get_logger(__name__)
 
 SAMPLE = 64  # tasks that are rendered
 
@@ -78,6 +82,50 @@ class Workload:
     def several_trees(self) -> bool:
         """Whether some optimiser step has more than one tree."""
         return any(step.trees > 1 for step in (self.limit, self.warm) if step is not None)
+
+
+def usable_tasks(
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PactConfig,
+    args: PactTrainingArguments,
+    plays: bool,
+) -> list[Task]:
+    """The tasks that can be trained on, all of them checked before any work is done.
+
+    Args:
+        config: with the model's context length.
+        plays: whether rollouts are generated; without them a task needs a trace that fits.
+
+    Raises:
+        ValueError: no task is left, a task is broken or lacks what the reward compares with, a prompt is too long.
+    """
+    tasks = list(tasks)
+    check_tasks(tasks)
+    if plays:
+        check_gold(tasks, args.reward_options())
+    else:
+        if config.sft_coef == 0:
+            raise ValueError("num_rollouts 0 and sft_coef 0 leave nothing to learn from: set one of them")
+        traced = with_usable_trace(tasks, tokenizer, config)
+        if len(traced) < len(tasks):
+            logger.warning_once(f"{len(tasks) - len(traced)} of {len(tasks)} tasks have no trace that fits: left out")
+        tasks = traced
+    limit = args.max_prompt_tokens
+    if config.context_length is not None:
+        room = config.context_length - min(args.max_turn_tokens, args.max_response_tokens)
+        if room < 1:
+            raise ValueError(
+                f"max_turn_tokens {args.max_turn_tokens} leaves no room for a prompt in a context of "
+                f"{config.context_length} tokens: lower it"
+            )
+        limit = room if limit is None else min(limit, room)
+    kept = check_prompts(tasks, tokenizer, limit, drop=args.overlong_prompts == "drop")
+    if len(kept) < len(tasks):
+        logger.warning_once(f"{len(tasks) - len(kept)} of {len(tasks)} prompts are over {limit} tokens and left out")
+    if not kept:
+        raise ValueError("there are no training tasks: check the data file, the split and overlong_prompts")
+    return kept
 
 
 def workload(
