@@ -79,6 +79,7 @@ PANELS = (
     Panel("Ratio", "mean of a token, by branch", _by_branch("ratio/")),
     Panel("Clipped", "share of tokens, by branch", _by_branch("clip_fraction/")),
     Panel("KL to the start", "k3, nats a token, by branch", _by_branch("kl/")),
+    Panel("Engine against trainer", "gap of log-probs, nats a token", _one("engine/gap", "gap")),
     Panel("Latent-trace view", "nats a rollout", _LATENT),
     Panel("How episodes end", "share", _STOPS),
     Panel("Turns", "an episode", _one("turns", "turns", "c-observation")),

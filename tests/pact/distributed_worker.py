@@ -6,6 +6,7 @@ STRATEGY: "ddp" (one process too), "zero3" (DeepSpeed has to be installed) or "f
 CPU, so the worker passes gloo off as a backend of accelerators; everything after that is accelerate's own FSDP2.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,14 +14,17 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
+import yaml
 from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
-from trainer_setup import SteeredTrainer, WarmStartTrainer, make_trainer, tiny_model, toybox
-from transformers import TrainerCallback
+from trainer_setup import MODEL, SteeredTrainer, WarmStartTrainer, make_trainer, tiny_model, toybox
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from pact import cli
 from pact.distributed import policy_weights
 from pact.objective import PactConfig
 
@@ -40,6 +44,13 @@ SCENARIOS = {
     # In step 1 every group lies with the first process: the other has nothing to do.
     "idle": {"config": {"anchor_q": 0.5, "kl_coef": 0.1}, "idle_step": 1, "max_steps": 2, "untied": True},
     "sft": {"kind": WarmStartTrainer, "max_steps": 2, "warm_start_context_share": 0.5},
+    "lora": {"config": {"kl_coef": 0.1, "anchor_q": 0.5}, "lora": True, "max_steps": 3, "rollout_batch_steps": 2},
+    "compiled": {
+        "torch_compile": True,
+        "torch_compile_backend": "aot_eager",
+        "gradient_checkpointing": True,
+        "max_steps": 2,
+    },
     "evaluated": {"eval_tasks": 3, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "offload": True},
 }
 
@@ -114,6 +125,9 @@ def run(strategy, settings, folder):
     config = PactConfig(**settings.pop("config", {}))
     idle = settings.pop("idle_step", -1)
     model = tiny_model(env.tokenizer(), tie_word_embeddings=not settings.pop("untied", False), num_hidden_layers=2)
+    if settings.pop("lora", False):
+        set_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     watch = Watch()
     world = int(os.environ.get("WORLD_SIZE", 1))
     settings = {"kind": IdleTrainer, "per_device_train_batch_size": settings.pop("prompts", 4) // world} | settings
@@ -137,12 +151,55 @@ def run(strategy, settings, folder):
     }
 
 
+COMMAND = {
+    "env_options": {"train": 8, "test": 4, "hops": [1, 1], "sources": 2, "distractors": 0},
+    "model": "toybox",
+    "model_config": MODEL,
+    "num_rollouts": 2,
+    "max_turns": 2,
+    "max_turn_tokens": 6,
+    "anchor_q": 0.5,
+    "kl_coef": 0.1,
+    "optim": "adamw_torch",  # has a state to resume with
+    "adam_epsilon": 1e-3,  # far above rounding: a gradient of 1e-8 must not be a step of the whole rate
+    "learning_rate": 0.05,
+    "max_steps": 2,
+    "warm_start_steps": 1,
+    "warm_start_lr": 0.05,
+    "eval_tasks": 3,
+    "eval_temperature": 1.0,
+    "save_steps": 1,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def command(folder):
+    """`pact train` from warm start to model folder, stopped after its first step and resumed."""
+    os.chdir(folder)
+    os.environ["FSDP_OFFLOAD_PARAMS"] = "false"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    size = {"per_device_train_batch_size": 4 // world, "warm_start_batch_size": 4 // world}
+    Path("config.yaml").write_text(yaml.safe_dump(COMMAND | size))
+    assert cli.main(["train", "config.yaml", "--run_name", "all", "--max_steps", "1"]) == 0
+    assert cli.main(["train", "--resume", "all", "--max_steps", "2"]) == 0
+    PartialState().wait_for_everyone()
+    lines = [json.loads(line) for line in Path("runs/all/metrics.jsonl").read_text().splitlines()]
+    return {
+        "weights": AutoModelForCausalLM.from_pretrained("runs/all/model").state_dict(),
+        "logs": [line for line in lines if "loss" in line or "eval_reward" in line],
+    }
+
+
 def main():
     strategy, folder = sys.argv[1], Path(sys.argv[2])
     if strategy == "fsdp2":
         pass_gloo_off_as_accelerators()
     torch.use_deterministic_algorithms(True, warn_only=True)
     results = {name: run(strategy, settings, folder / "run") for name, settings in SCENARIOS.items()}
+    if strategy != "zero3":  # has no warm start
+        results["command"] = command(folder)
     torch.save(results, folder / f"{strategy}_{os.environ.get('WORLD_SIZE', 1)}_{os.environ.get('RANK', 0)}.pt")
 
 

@@ -13,7 +13,7 @@ import torch
 from pact.distributed import assign
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
-SCENARIOS = ("plain", "uneven", "idle", "sft", "evaluated")
+SCENARIOS = ("plain", "uneven", "idle", "sft", "lora", "compiled", "evaluated")
 TOLERANCE = 1e-5
 METRICS = (
     "loss",
@@ -71,7 +71,19 @@ def test_two_processes_are_one(one, two, scenario):
         assert largest_difference(expected["weights"], found["weights"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_whole_command(one, two):
+    """Warm start, evaluation, training, a stop and a resumption: where weights are sharded the model is loaded anew."""
+    expected = one["command"]
+    steps = [(line["phase"], line["step"]) for line in expected["logs"] if "loss" in line]
+    assert steps == [("warm_start", 1), ("train", 1), ("train", 2)]
+    for found in (process["command"] for process in two[1]):
+        assert largest_difference(expected["weights"], found["weights"]) < TOLERANCE
+        for line, other in zip(expected["logs"], found["logs"], strict=True):
+            for name in ("loss", "reward", "eval_reward", "kl/prompt"):
+                assert other.get(name) == pytest.approx(line.get(name), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "command"])
 def test_logged_metrics_are_those_of_one_process(one, two, scenario):
     _, processes = two
     for line, found in zip(one[scenario]["logs"], processes[0][scenario]["logs"], strict=True):
