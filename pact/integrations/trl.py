@@ -101,6 +101,9 @@ class PactGRPOTrainer(GRPOTrainer):
         if options.get("tools") or options.get("environment_factory"):
             _add_parser(tokenizer)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, tokenizer, **options)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate configuration")
         if self.aux_loss_enabled:
             raise ValueError("PACT has no load-balancing loss of experts: set router_aux_loss_coef=0.0")
         lm = causal_lm(self.model)

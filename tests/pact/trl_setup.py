@@ -17,7 +17,7 @@ from pact.integrations.trl import PactGRPOTrainer
 from pact.objective import PactConfig
 from pact.trace import prepare_tokenizer
 
-PLAIN = PactConfig(anchor_q=1.0, sft_coef=0.0, kl_coef=0.0, entropy_coef=0.0)
+PLAIN = PactConfig(anchor_q=1.0, sft_coef=0.0)  # TRL's own loss
 
 
 def tokenizer_and_model(folder=None, stops=120, layout="qwen", seed=0):
