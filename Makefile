@@ -88,7 +88,7 @@ vllm: $(VLLM)/.ready
 kill: setup
 	OMP_NUM_THREADS=1 $(PYTHON) -P tests/kill_matrix.py --output benchmarks/results/kill_matrix.json
 
-# Needs torch, triton, transformers and pytest, this package not installed. PART=1: every kernel for correctness. PART=2:
+# Needs torch, triton, transformers, accelerate and pytest, this package not installed. PART=1: every kernel for correctness. PART=2:
 # the operations beside their peers. PART=3: the whole update step. Without PART: all of them.
 KERNEL_TESTS := tests/gpu $(addprefix tests/pact_kernels/test_,$(addsuffix .py,linear_logprob_triton cotrain_loss_triton tree_attention_triton tree_compile))
 gpu: setup
