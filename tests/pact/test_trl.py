@@ -28,6 +28,15 @@ from pact.trace import render_context, render_prompt, render_trace
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost more than matrices of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def in_order(monkeypatch):
     """TRL without its shuffle of samples, so that both trainers cut the same micro-batches."""
@@ -76,7 +85,7 @@ SAME_AS_TRL = {
     "temperature": {"temperature": 0.7},
     "sequences": {"loss_type": "grpo", "num_iterations": 2, "max_steps": 2},
     "constant": {"loss_type": "dr_grpo", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
-    "truncated_masked": {"mask_truncated_completions": True},
+    "truncated_masked": {"mask_truncated_completions": True, "max_completion_length": 3},
     "checkpointing": {"gradient_checkpointing": True},
 }
 
@@ -310,6 +319,44 @@ def test_tools_are_called_and_what_they_return_has_no_weight(tmp_path):
         whole.head_ids = group.head_ids
         assert "lookup" in tokenizer.decode(group.head_ids)
     assert_gradient_is(trainer, groups)
+
+
+class Shelf:
+    """An environment that adds to the prompt, in one of two ways: the rollouts of a row do not share all of it."""
+
+    made = 0
+
+    def reset(self, **row):
+        Shelf.made += 1
+        return f" Look at shelf {Shelf.made % 2}."
+
+    def lookup(self, key: str) -> str:
+        """Look something up.
+
+        Args:
+            key: what to look up.
+        """
+        return key
+
+    def get_reward(self):
+        Shelf.made += 1
+        return float(Shelf.made % 3)
+
+
+def test_prompts_that_an_environment_completes(tmp_path):
+    trainer = make_trainer(
+        tmp_path, PactConfig(anchor_q=0.5, sft_coef=0.3), kind=Recording, reward_funcs=None, environment_factory=Shelf
+    )
+    trainer.train()
+    (groups,) = trainer.record[0][2]
+    prompts = [trainer._tokenizer.decode(group.head_ids) for group in groups]
+    assert [prompt[-len("item 0? Look at shelf 1.") :] for prompt in prompts] == [
+        f"item {item}? Look at shelf {shelf}." for item in (0, 1) for shelf in (1, 0)
+    ]
+    assert [len(group.rollouts) for group in groups] == [2, 2, 2, 2]
+    assert [group.trace is not None for group in groups] == [True, False, True, False]
+    assert groups[0].branch == groups[1].branch
+    assert groups[2].branch == groups[3].branch
 
 
 # -- LoRA, vLLM's correction -------------------------------------------------------------------------------------------

@@ -101,7 +101,8 @@ def make_trainer(folder, pact=PLAIN, *, kind=PactGRPOTrainer, model=None, tokeni
     """A trainer of ``kind``; arguments of the trainer itself are told from those of GRPOConfig by name."""
     if model is None:
         tokenizer, model = tokenizer_and_model()
-    own = {name: overrides.pop(name) for name in ("tools", "peft_config", "callbacks") if name in overrides}
+    names = ("tools", "peft_config", "environment_factory")
+    own = {name: overrides.pop(name) for name in names if name in overrides}
     if kind is not GRPOTrainer:
         own["pact"] = pact
     return kind(
