@@ -50,10 +50,10 @@ def by_hand(ids, mask, old, ref, hidden, weight, advantage, kind, factor, z):
     return loss
 
 
-def fused(ids, mask, old, ref, hidden, weight, advantage, **options):
+def fused(ids, mask, old, ref, hidden, head, advantage, **options):
     terms, rows = TokenTerms.from_padded(ids, mask, advantage, old_logp=old, ref_logp=ref, **options)
     return linear_cotrain_loss(
-        hidden.flatten(0, 1), weight, terms, rows=rows, clip_low=CLIP, clip_high=CLIP, kl_coef=KL
+        hidden.flatten(0, 1), head, terms, rows=rows, clip_low=CLIP, clip_high=CLIP, kl_coef=KL
     ).loss
 
 
