@@ -216,8 +216,8 @@ def _linear_head(lm: PreTrainedModel) -> nn.Linear:
     head = lm.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         raise TypeError(
-            f"the LM head of {type(lm).__name__} is a {type(head).__module__}.{type(head).__name__}, not a plain linear "
-            "layer; leave it out of the adapter or quantisation"
+            f"the LM head of {type(lm).__name__} is a {type(head).__module__}.{type(head).__name__}, not a plain "
+            "linear layer; leave it out of the adapter or quantisation"
         )
     return head
 
