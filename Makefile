@@ -37,7 +37,7 @@ $(VERL)/.ready: tests/pact/verl_requirements.txt
 	touch $@
 
 verl: $(VERL)/.ready
-	$(VERL)/bin/python -m pytest tests/pact/test_verl.py tests/pact/test_verl_package.py
+	$(VERL)/bin/python -m pytest tests/pact/test_verl.py tests/pact/test_verl_package.py tests/test_examples.py -k verl
 	$(VERL)/bin/python -W ignore tests/pact/verl_cpu.py --output benchmarks/results/verl_cpu.json
 
 # DeepSpeed ZeRO-3 on two processes against one plain process, on a CPU, in an environment of its own. DeepSpeed is built

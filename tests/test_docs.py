@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("pact_kernels/*/README.md")])
 SOURCES = sorted([*ROOT.glob("pact/**/*.py"), *ROOT.glob("pact_kernels/**/*.py")])
 # Pages whose Python blocks are whole programs when they are run one after the other.
-EXECUTED = ("custom_environment.md", "custom_reward.md", "data_format.md", "method.md", "numerics.md")
+EXECUTED = ("custom_environment.md", "custom_reward.md", "data_format.md", "drop_in.md", "method.md", "numerics.md")
 
 
 def page(path):

@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed here; `make verl` runs these tests in an environment with it")
 
 WORKER = Path(__file__).with_name("verl_cpu.py")
-EXAMPLE = Path(__file__).parents[2] / "examples" / "verl_policy_loss.py"
 
 
 def compare(folder, *names, processes=1):
@@ -86,14 +85,6 @@ def test_policy_loss_is_vanilla_where_the_dual_clip_is_out_of_reach(mode):
         torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
         for name, value in ours.items():
             assert value == pytest.approx(theirs[name], abs=1e-6)
-
-
-def test_the_example_runs(tmp_path):
-    command = [sys.executable, "-W", "ignore", str(EXAMPLE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "registered" in done.stdout
-    assert "supervised term" in done.stdout
 
 
 # ---- the agent loop ---------------------------------------------------------------------------------------------
