@@ -189,7 +189,8 @@ class PactGRPOTrainer(GRPOTrainer):
         for prompt, group in zip(prompts, groups):
             if prompt in everywhere:
                 group.branch = PROMPT
-        stream = random.Random(f"{self.args.seed}/branch/{self.state.global_step}/{self._step}")
+        within = self._step % self.args.gradient_accumulation_steps  # TRL's own count begins anew in a resumed run
+        stream = random.Random(f"{self.args.seed}/branch/{self.state.global_step}/{within}")
         self.objective.assign_branches(groups, torch.Generator().manual_seed(stream.getrandbits(63)), prompts)
 
     def _attach_logprobs(self, micro_batches: Sequence[MicroBatch]) -> None:

@@ -265,6 +265,28 @@ def test_the_behavior_ratio_compares_with_the_prompt_only_policy(tmp_path):
     assert trainer.state.log_history[0]["ratio/trace"] != pytest.approx(1.0, abs=1e-3)
 
 
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    """Two generation batches an optimiser step: their branches are drawn apart, and again in the resumed run."""
+    options = {
+        "max_steps": 6,
+        "save_steps": 3,
+        "learning_rate": 0.1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "steps_per_generation": 2,
+        "save_strategy": "steps",
+    }
+    logs = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        trainer = make_trainer(tmp_path, PactConfig(anchor_q=0.5, sft_coef=0.5), **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        logs.append(
+            [{k: v for k, v in log.items() if k.startswith(("loss", "anchor"))} for log in trainer.state.log_history]
+        )
+    assert logs[0] == logs[1]
+    assert {log.get("anchor/prompt_share") for log in logs[0][:6]} > {0.5}
+
+
 # -- tools -------------------------------------------------------------------------------------------------------------
 
 
