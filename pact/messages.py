@@ -19,8 +19,12 @@ def calls_of(message: Message) -> list[dict[str, Any]]:
     Raises ValueError for a call without a name and for arguments that are not a JSON object.
     """
     calls = []
-    for place, entry in enumerate(message.get("tool_calls") or []):
+    entries = message.get("tool_calls")
+    if not isinstance(entries, list | tuple | None):
+        raise ValueError(f"tool_calls is {type(entries).__name__}; give a list of calls")
+    for place, entry in enumerate(entries or []):
         call = entry.get("function") or entry if isinstance(entry, dict) else {}
+        call = call if isinstance(call, dict) else {}
         name, arguments = call.get("name"), call.get("arguments", {})
         if not isinstance(name, str) or not name:
             raise ValueError(
@@ -29,12 +33,12 @@ def calls_of(message: Message) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # the latter: nested too deeply
                 raise ValueError(
-                    f"tool call {place} ({name}): its arguments are not JSON ({error}); give a dict"
+                    f"tool call {place} ({name!r}): its arguments are not JSON ({error}); give a dict"
                 ) from None
         if not isinstance(arguments, dict):
-            raise ValueError(f"tool call {place} ({name}): its arguments are {type(arguments).__name__}; give a dict")
+            raise ValueError(f"tool call {place} ({name!r}): its arguments are {type(arguments).__name__}; give a dict")
         calls.append({"name": name, "arguments": arguments})
     return calls
 

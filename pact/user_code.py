@@ -52,7 +52,7 @@ def _module_of_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[key]
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception | SystemExit):
             raise
         raise ValueError(_failure(str(path), error)) from error
     return module
@@ -62,14 +62,14 @@ def _module_of_name(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name and name.startswith(error.name):
+        if error.name and f"{name}.".startswith(f"{error.name}."):
             raise ValueError(f"there is no module {name}: install it, or write FILE.py:NAME for a file") from None
         raise ValueError(_failure(name, error)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(_failure(name, error)) from error
 
 
-def _failure(source: str, error: Exception) -> str:
+def _failure(source: str, error: BaseException) -> str:
     """Where code of the user failed while it was imported."""
     if isinstance(error, SyntaxError):
         place = f"line {error.lineno}"

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pact.rollout import Completion, Generator, Sampling
 
 COLDEST = 0.01  # vLLM raises every temperature between 0 and this to it
+ABOVE_ONE = 1e-3  # nats of rounding that a log-prob may be above 0
 NO_LOGPROB = -9999.0  # what vLLM's server writes for a log-prob of -inf or less than this
 
 
@@ -222,6 +223,7 @@ class Contexts:
         self.known = mode in logprobs_modes(sampling)
         self.ids = [list(prompt) for prompt in prompts]
         self.turns = [0] * len(prompts)
+        self.limits = [0] * len(prompts)
         self.going: set[int] = set()
         self.stop_id, self.sampling, self.seeds = stop_id, sampling, seeds
 
@@ -236,15 +238,24 @@ class Contexts:
         for row, ids in append.items():
             self.ids[row] += ids
         self.going |= max_new_tokens.keys()
+        for row, limit in max_new_tokens.items():
+            self.limits[row] = limit
         return {
             row: sampling_params(self.sampling, self.stop_id, limit, self.seeds[row], self.turns[row])
             for row, limit in max_new_tokens.items()
         }
 
     def finish(self, row: int, ids: list[int], logp: list[float]) -> Completion:
-        """Record a sampled turn. Raises RuntimeError for log-probs that cannot be right."""
-        if not ids or len(ids) != len(logp):
-            raise RuntimeError(f"vLLM returned {len(ids)} ids and {len(logp)} log-probs for one turn: use vLLM 0.32")
+        """Record a sampled turn. Raises RuntimeError for ids and log-probs that cannot be right."""
+        if not 1 <= len(ids) <= self.limits[row] or len(ids) != len(logp):
+            raise RuntimeError(
+                f"vLLM returned {len(ids)} ids and {len(logp)} log-probs for a turn of 1 to {self.limits[row]} tokens: "
+                "use vLLM 0.32"
+            )
+        if not all(type(token) is int and token >= 0 for token in ids) or self.stop_id in ids[:-1]:
+            raise RuntimeError("vLLM returned no turn: ids that are none, or tokens behind its end; use vLLM 0.32")
+        if max(logp) > ABOVE_ONE:
+            raise RuntimeError(f"vLLM reported a log-prob of {max(logp):g}, a probability above 1: use vLLM 0.32")
         if not np.isfinite(logp).all() or min(logp) <= NO_LOGPROB:
             raise RuntimeError("vLLM's log-probs are not finite: its weights have diverged; lower the learning rate")
         self.ids[row] += ids

@@ -10,7 +10,8 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -21,6 +22,7 @@ import urllib3
 logger = getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between two attempts: doubled from the first to the longest
+FINISH_REASONS = ("stop", "length", "abort")
 PROBE_SECONDS = 10.0  # a server that is up answers questions about itself at once
 T = TypeVar("T")
 
@@ -71,9 +73,15 @@ class VllmClient:
         """Ask once, without retries. Raises ValueError, in one line, for a server that cannot be used."""
         try:
             models = self._call("GET", "/v1/models", timeout=PROBE_SECONDS)
-            config = self._call("GET", "/server_info?config_format=json", timeout=4 * PROBE_SECONDS)["vllm_config"]
+            config = self._call("GET", "/server_info?config_format=json", timeout=4 * PROBE_SECONDS)
             self._call("GET", "/weight_info", timeout=PROBE_SECONDS)
             self._probe("/inference/v1/generate")
+            with _expected_form("what it tells about itself"):
+                return ServerInfo(
+                    context_length=int(models["data"][0]["max_model_len"]),
+                    logprobs_mode=config["vllm_config"]["model_config"]["logprobs_mode"],
+                    prefix_caching=bool(config["vllm_config"]["cache_config"]["enable_prefix_caching"]),
+                )
         except Unreachable as error:
             raise ValueError(f"no vLLM server answers at {self.url} ({error}): start it, or set vllm_url") from error
         except Refused as error:
@@ -81,23 +89,22 @@ class VllmClient:
                 f"the server at {self.url} lacks what training needs ({error}): start vLLM 0.32 or later with "
                 "VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
             ) from error
-        return ServerInfo(
-            context_length=models["data"][0]["max_model_len"],
-            logprobs_mode=config["model_config"]["logprobs_mode"],
-            prefix_caching=bool(config["cache_config"]["enable_prefix_caching"]),
-        )
 
     def generate(self, ids: list[int], sampling_params: Mapping[str, Any], request_id: str) -> Answer:
         """Sample one turn after ``ids``. Raises Unreachable and Refused."""
         body = {"request_id": request_id, "token_ids": ids, "sampling_params": dict(sampling_params)}
-        choice = self._call("POST", "/inference/v1/generate", body)["choices"][0]
-        content = (choice["logprobs"] or {}).get("content") or []
-        return Answer(
-            ids=list(choice["token_ids"] or []),
-            logp=[token["logprob"] for token in content],
-            finish_reason=choice["finish_reason"],
-            weight_labels=frozenset(span["version"] for span in choice["weight_versions"] or []),
-        )
+        with _expected_form("/inference/v1/generate"):
+            choice = self._call("POST", "/inference/v1/generate", body)["choices"][0]
+            content = (choice["logprobs"] or {}).get("content") or []
+            answer = Answer(
+                ids=list(choice["token_ids"] or []),
+                logp=[float(token["logprob"]) for token in content],
+                finish_reason=choice["finish_reason"],
+                weight_labels=frozenset(span["version"] for span in choice["weight_versions"] or []),
+            )
+        if answer.finish_reason not in FINISH_REASONS:
+            raise Refused(f"a turn ended with the finish reason {answer.finish_reason!r}: look into the server's log")
+        return answer
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests that nobody waits for any more. Raises Unreachable and Refused."""
@@ -105,7 +112,8 @@ class VllmClient:
 
     def weight_label(self) -> str:
         """The label of the weights the server holds: "default" for those it started with. Raises Unreachable."""
-        return str(self._call("GET", "/weight_info", timeout=PROBE_SECONDS)["weight_version"])
+        with _expected_form("/weight_info"):
+            return str(self._call("GET", "/weight_info", timeout=PROBE_SECONDS)["weight_version"])
 
     def load(self, folder: Path, label: str) -> None:
         """Load the safetensors in ``folder`` and call them ``label``; what was cached with other weights is dropped.
@@ -117,7 +125,9 @@ class VllmClient:
         # A server may have been started on empty weights (--load-format dummy); these are files.
         self._call("POST", "/collective_rpc", _rpc("update_config", overrides={"load_config": {"load_format": "auto"}}))
         self._call("POST", "/collective_rpc", _rpc("reload_weights", weights_path=str(folder)))
-        if not self._call("POST", "/reset_prefix_cache")["success"]:
+        with _expected_form("/reset_prefix_cache"):
+            emptied = self._call("POST", "/reset_prefix_cache")["success"]
+        if not emptied:
             raise Unreachable("its prefix cache is in use and could not be emptied")
         self._call("POST", "/update_weight_version", {"new_version": label})
         self._call("POST", "/resume")
@@ -151,7 +161,7 @@ class VllmClient:
         try:
             self._call("POST", path, {}, timeout=PROBE_SECONDS)
         except Refused as error:
-            if error.status in (403, 404):
+            if error.status not in (400, 422):
                 raise
 
     def _call(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
@@ -170,13 +180,22 @@ class VllmClient:
             raise Unreachable(_short(error)) from error
         if response.status >= 500:
             raise Unreachable(f"{path.partition('?')[0]} answered {response.status}: {_message(response.data)}")
-        if response.status >= 400:
+        if response.status != 200:
             message = f"{path.partition('?')[0]} answered {response.status}: {_message(response.data)}"
             raise Refused(message, response.status)
         try:
             return json.loads(response.data or b"null")
         except ValueError as error:
             raise Refused(f"{path.partition('?')[0]} answered with no JSON: {_message(response.data)}") from error
+
+
+@contextmanager
+def _expected_form(what: str) -> Iterator[None]:
+    """Refused, in place of the errors of looking into an answer that is not vLLM's."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise Refused(f"{what}: the answer is not of vLLM's form ({type(error).__name__}: {error})") from error
 
 
 def _rpc(method: str, **kwargs: Any) -> dict[str, Any]:

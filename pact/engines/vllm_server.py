@@ -167,6 +167,7 @@ class ServerSession:
         self.name, self.closed = uuid.uuid4().hex, threading.Event()
         self.pool = ThreadPoolExecutor(len(contexts.ids), thread_name_prefix="pact-vllm")
         self.futures: dict[Future[Answer], int] = {}
+        self.ids = [f"{self.name}-{row}" for row in range(len(contexts.ids))]  # of the requests under way
         # All rows of a prompt go to one server, whose cache then holds it; processes begin at different servers.
         place: dict[tuple[int, ...], int] = {}
         first, clients = PartialState().process_index, engine.clients
@@ -188,16 +189,19 @@ class ServerSession:
         self.pool.shutdown(wait=False, cancel_futures=True)
         for client in self.engine.clients if self.futures else ():
             with suppress(Unreachable, Refused):
-                client.abort([self._id(row) for row in self.futures.values() if self.client_of[row] is client])
-
-    def _id(self, row: int) -> str:
-        return f"{self.name}-{row}"
+                client.abort([self.ids[row] for row in self.futures.values() if self.client_of[row] is client])
 
     def _turn(self, row: int, ids: list[int], params: dict[str, Any]) -> Answer:
         client, label = self.client_of[row], self.engine.label
 
         def attempt() -> Answer:
-            answer = client.generate(ids, params, self._id(row))
+            self.ids[row] = request = f"{self.name}-{row}-{uuid.uuid4().hex[:8]}"
+            try:
+                answer = client.generate(ids, params, request)
+            except Unreachable:  # of a request that timed out the server knows nothing: it would go on sampling
+                with suppress(Unreachable, Refused):
+                    client.abort([request])
+                raise
             if answer.finish_reason != "abort" and answer.weight_labels == {label}:
                 return answer
             if not self.closed.is_set():

@@ -117,7 +117,7 @@ def read_jsonl(path: Path) -> list[tuple[int, Row]]:
             row = json.loads(text, parse_constant=_no_constant)
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits, too
             raise ValueError(f"{where}: it is not valid JSON ({error}); write one JSON object a line") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: it is {type(row).__name__}; write one JSON object a line")

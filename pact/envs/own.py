@@ -6,6 +6,7 @@ belongs into ``pact.sandbox``, as in ``pact.envs.ftrl``.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from pact.envs import toybox_text
 from pact.envs.base import Message, Score, Task, ToolSchema
@@ -53,10 +55,12 @@ class Tool:
         if problem:
             return f"error: {problem}"
         try:
-            result = self.function(**arguments)
+            result = self.function(**copy.deepcopy(arguments))  # what the policy wrote stays as it was
             return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-        except (Exception, SystemExit) as error:
-            return f"error: {type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, GeneratorExit, CancelledError: not ours to obey
+            return f"error: {type(error).__name__}{_told(error)}"
 
     def problem(self, arguments: dict[str, Any]) -> str | None:
         """Why it cannot be called with ``arguments``; None when it can. Quotes nothing of them: an error that repeats
@@ -70,6 +74,14 @@ class Tool:
             return f"there is no such argument; it takes {', '.join(known) or 'none'}"
         problems = (_value_problem(name, known[name], value) for name, value in arguments.items())
         return next((problem for problem in problems if problem), None)
+
+
+def _told(error: BaseException) -> str:
+    """``: MESSAGE`` of an exception, or nothing where making it fails too."""
+    try:
+        return f": {error}"
+    except Exception:
+        return ""
 
 
 def _value_problem(name: str, schema: dict[str, Any], value: Any) -> str | None:
@@ -112,7 +124,7 @@ class ToolEnvironment:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._schemas: dict[Any, ToolSchema] = {}
+        self._schemas: WeakKeyDictionary[Any, ToolSchema] = WeakKeyDictionary()  # functions may be of one episode
         self._tasks: dict[str, list[Task]] = {}
         seen: dict[str, int] = {}
         further: set[str] = set()

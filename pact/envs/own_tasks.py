@@ -77,7 +77,7 @@ def _check_call(where: str, call: dict[str, Any], names: Collection[str], checks
     mend = 'correct it, or mark the message "supervised": false if the trace recovers from it'
     if call["name"] not in names:
         raise FieldError(
-            "expert", f"{where} calls {call['name']}, and the tools are {', '.join(names) or 'none'}; {mend}"
+            "expert", f"{where} calls {call['name']!r}, and the tools are {', '.join(names) or 'none'}; {mend}"
         )
     problem = checks[call["name"]](call["arguments"])
     if problem:

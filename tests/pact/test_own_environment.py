@@ -1,9 +1,12 @@
 """Own JSONL, own functions, own rewards: from the line to the model, and every way a line can be wrong."""
 
+import asyncio
+import gc
 import json
 import math
 import shutil
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,12 +162,24 @@ WRONG_LINES = [
     (
         {"question": "?", "expert": EXPERT, "tools": ["shout"]},
         "expert",
-        "calls add, and the tools are shout;",
+        "calls 'add', and the tools are shout;",
     ),
     (
         {"question": "?", "expert": [{**CALLS, "tool_calls": [{"function": {"name": "add"}}]}, RETURNS, ANSWERS]},
         "expert",
         "the call of add has no arguments; write an object, {} if it takes none",
+    ),
+    *(
+        ({"question": "?", "expert": [{**CALLS, "tool_calls": calls}, RETURNS, ANSWERS]}, "expert", message)
+        for calls, message in (
+            (5, "tool_calls is int; give a list of calls"),
+            (True, "tool_calls is bool; give a list of calls"),
+            ([{"function": "add"}], "tool call 0 has no name"),
+            ([{"function": ["add"]}], "tool call 0 has no name"),
+            ([{"function": {"name": "add", "arguments": "[" * 100_000}}], "its arguments are not JSON"),
+            ([{"function": {"name": "add", "arguments": f'{{"a": {"9" * 5000}}}'}}], "its arguments are not JSON"),
+            ([{"function": {"name": "\x1b[2Jadd", "arguments": {}}}], "calls '\\x1b[2Jadd', and the tools are"),
+        )
     ),
     ({**LINE, "id": "first"}, "id", "line 1 has the id 'first' too; give each line its own"),
 ]
@@ -188,6 +203,7 @@ def test_a_wrong_line_says_file_line_field_and_mend(tmp_path, row, field, messag
         (b"\n \n", "is empty"),
         (b'{"question": "?"', r"line 1: it is not valid JSON \(.*\); write one JSON object a line"),
         (b'\n{"question": NaN}\n', r"line 2: it is not valid JSON \(NaN is no JSON number"),
+        (b'{"question": ' + b"9" * 5000 + b"}", "line 1: it is not valid JSON"),
         (b"[1]\n", "line 1: it is list; write one JSON object a line"),
         (b"[" * 100_000, "line 1: it is not valid JSON"),
         (b'{"question": "caf\xe9"}', "line 1: byte 18 is not UTF-8; save the file as UTF-8"),
@@ -237,6 +253,11 @@ def test_calls(episode, name, arguments, observation):
     assert episode.call(name, arguments) == observation
 
 
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no message")
+
+
 def test_what_a_function_may_return_and_raise(tmp_path):
     def odd(kind: str) -> object:
         """Return odd things.
@@ -246,6 +267,10 @@ def test_what_a_function_may_return_and_raise(tmp_path):
         """
         if kind == "exit":
             sys.exit(3)
+        if kind == "cancelled":
+            raise asyncio.CancelledError
+        if kind == "mute":
+            raise Mute
         circular: list = []
         circular.append(circular)
         return {"json": {"é": [1, None]}, "object": EXAMPLES, "circular": circular}[kind]
@@ -259,6 +284,52 @@ def test_what_a_function_may_return_and_raise(tmp_path):
     assert attempt.call("odd", {"kind": "object"}) == json.dumps(str(EXAMPLES))
     assert attempt.call("odd", {"kind": "exit"}) == "error: SystemExit: 3"
     assert attempt.call("odd", {"kind": "circular"}).startswith("error: ValueError: Circular reference")
+    assert attempt.call("odd", {"kind": "cancelled"}).startswith("error: CancelledError")
+    assert attempt.call("odd", {"kind": "mute"}) == "error: Mute"
+
+
+def test_a_function_cannot_change_what_the_policy_wrote(tmp_path):
+    def smallest(numbers: list[int]) -> int:
+        """Find the smallest number.
+
+        Args:
+            numbers: where
+        """
+        numbers.sort()
+        return numbers[0]
+
+    class Sorting(ToolEnvironment):
+        tools = (smallest,)
+
+    env = Sorting(write(tmp_path, {"question": "?", "answer": 1}))
+    arguments = {"numbers": [3, 1, 2]}
+    assert env.start(env.tasks("train")[0]).call("smallest", arguments) == "1"
+    assert arguments == {"numbers": [3, 1, 2]}
+
+
+def test_functions_of_an_episode_end_with_it(tmp_path):
+    class Closing(ToolEnvironment):
+        def functions(self, task):
+            state = []
+
+            def remember(text: str) -> int:
+                """Remember a text.
+
+                Args:
+                    text: which
+                """
+                state.append(text)
+                return len(state)
+
+            self.last = weakref.ref(remember)
+            return [remember]
+
+    env = Closing(write(tmp_path, {"question": "?", "answer": 1}))
+    attempt = env.start(env.tasks("train")[0])
+    assert [attempt.call("remember", {"text": "a"}), attempt.call("remember", {"text": "b"})] == ["1", "2"]
+    del attempt
+    gc.collect()
+    assert env.last() is None
 
 
 class Counter:
@@ -496,6 +567,8 @@ def test_a_file_runs_once_and_knows_its_neighbours(code):
         ("syntax.py:A", "syntax.py, line 2: SyntaxError"),
         ("fails.py:A", "fails.py, line 3: ZeroDivisionError: .*; mend it so that Python can import it"),
         ("imports.py:A", "imports.py, line 1: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("exits.py:A", "exits.py, line 1: SystemExit: 0; mend it"),
+        ("some_module:A", "some_module, .*: ModuleNotFoundError: No module named 'some'"),
     ],
 )
 def test_references_that_lead_nowhere(tmp_path, monkeypatch, reference, message):
@@ -504,6 +577,9 @@ def test_references_that_lead_nowhere(tmp_path, monkeypatch, reference, message)
     Path("syntax.py").write_text("A = 1\nB = = 2\n")
     Path("fails.py").write_text("A = 1\n\n1 / 0\n")
     Path("imports.py").write_text("import no_such_package\n")
+    Path("exits.py").write_text("raise SystemExit(0)\n")
+    Path("some_module.py").write_text("import some\n")
+    sys.path.append(str(tmp_path))
     with pytest.raises(ValueError, match=message) as raised:
         load_object(reference)
     assert "\n" not in str(raised.value)

@@ -235,6 +235,68 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path):
     again[0].stop()
 
 
+def test_a_request_that_timed_out_is_aborted_before_the_next_attempt(server, tmp_path):
+    engine = connect(server, tmp_path, timeout=0.2)
+    engine.update([("table", table(0))], 0)
+    server.hold.clear()  # until the abort
+    ((_, completion),) = play(engine, [[3, 4]])[0]
+    assert completion.ids
+    asked = [body["request_id"] for body in server.bodies]
+    assert len(asked) == len(set(asked)) == 2
+    assert server.aborted == {asked[0]}
+    engine.close()
+
+
+GOOD = {"token_ids": [1, STOP], "finish_reason": "stop", "weight_versions": [{"version": "LABEL"}]}
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (None, "the answer is not of vLLM's form"),
+        ({}, "the answer is not of vLLM's form"),
+        ({"logprobs": None}, "2 ids and 0 log-probs"),
+        ({"finish_reason": "error"}, "a turn ended with the finish reason 'error'"),
+        ({"finish_reason": None}, "a turn ended with the finish reason None"),
+        ({"token_ids": [STOP, 1]}, "tokens behind its end"),
+        ({"token_ids": [-1, STOP]}, "ids that are none"),
+        ({"token_ids": [1.5, STOP]}, "ids that are none"),
+        ({"logp": [0.5, -1.0]}, "a log-prob of 0.5, a probability above 1"),
+        ({"logp": [math.nan, -1.0]}, "log-probs are not finite"),
+        ({"token_ids": [1] * 7, "logp": [-1.0] * 7}, "7 ids and 7 log-probs for a turn of 1 to 6 tokens"),
+    ],
+)
+def test_answers_that_are_no_turn(server, engine, monkeypatch, choice, message):
+    changed = {} if not choice else GOOD | choice
+    if changed:
+        logp = changed.pop("logp", [-1.0, -1.0])
+        changed.setdefault("logprobs", {"content": [{"logprob": value} for value in logp]})
+        changed["weight_versions"] = [{"version": server.label}]
+    answer = None if choice is None else {"choices": [changed]}
+    monkeypatch.setattr(server, "generate", lambda body: (200, answer))
+    with pytest.raises(RuntimeError, match=message):
+        play(engine, [[3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        ("/v1/models", (200, {})),
+        ("/v1/models", (200, {"data": [{"max_model_len": None}]})),
+        ("/v1/models", (204, None)),
+        ("/server_info", (200, None)),
+        ("/server_info", (200, {"vllm_config": {}})),
+        ("/inference/v1/generate", (401, {"error": "who are you"})),
+        ("/inference/v1/generate", (405, None)),
+    ],
+)
+def test_a_server_that_is_something_else(server, tmp_path, monkeypatch, path, answer):
+    real = server.answer
+    monkeypatch.setattr(server, "answer", lambda asked, body: answer if asked == path else real(asked, body))
+    with pytest.raises(ValueError, match=r"lacks what training needs .*: start vLLM 0.32 or later"):
+        connect(server, tmp_path)
+
+
 def test_a_refusal_is_not_retried(server, engine):
     with pytest.raises(RuntimeError, match=r"answered 400: the prompt \(length 64\) is too long"):
         play(engine, [[1] * CONTEXT])
