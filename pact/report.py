@@ -61,10 +61,15 @@ class ReportWriter(TrainerCallback):
         if not state.is_world_process_zero or time.monotonic() - self._written < DRAW_SECONDS:
             return
         self._written = time.monotonic()
-        try:
-            write_report(self._folder, self._tasks or [])
-        except (OSError, ValueError) as error:
-            logger.warning(f"no report was written at this save: {error}")
+        report_or_warn(self._folder, self._tasks or [])
+
+
+def report_or_warn(run_folder: Path, tasks: Sequence[Task]) -> None:
+    """`write_report` for the end and the middle of a run, which no picture is worth: any failure is a warning."""
+    try:
+        write_report(run_folder, tasks)
+    except Exception as error:
+        logger.warning(f"no report was written: {type(error).__name__}: {error}")
 
 
 def write_report(run_folder: Path, tasks: Sequence[Task]) -> Path:

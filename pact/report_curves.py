@@ -11,6 +11,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 190, 44, 412, 8, 170
 MOST_POINTS = 400  # of a curve; more are averaged in equal stretches of steps
 DOTTED = 25  # points below which each has a dot
 SMOOTHED = 60  # points from which a running mean is drawn over the curve
+SMALLEST, LARGEST = 1e-100, 1e100  # what is drawn lies between them or is 0, so that no step of the drawing overflows
 WINDOW = 0.05  # of the running mean, share of the points
 
 
@@ -100,7 +101,8 @@ def series(records: Sequence[Mapping[str, Any]], metric: str, phase: str | None 
     for record in records:
         value = record.get(metric)
         if phase in (None, record["phase"]) and isinstance(value, int | float) and math.isfinite(value):
-            points[record["step"] - (warm if record["phase"] == "warm_start" else 0)] = float(value)
+            drawn = 0.0 if abs(value) < SMALLEST else max(-LARGEST, min(float(value), LARGEST))
+            points[record["step"] - (warm if record["phase"] == "warm_start" else 0)] = drawn
     return sorted(points.items())
 
 

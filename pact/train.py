@@ -51,7 +51,7 @@ from pact.envs import Environment, Task, make
 from pact.evaluate import EpisodeRecord, load_records, paired_improvement, save_records
 from pact.files import write_whole
 from pact.memory import NoEstimate, Shadow, Strategy, free_memory
-from pact.report import CONFIG_FILE, EVAL_FINAL, EVAL_START, REPORT_FILE, ReportWriter, write_report
+from pact.report import CONFIG_FILE, EVAL_FINAL, EVAL_START, REPORT_FILE, ReportWriter, report_or_warn
 from pact.reporting import CURVES_FILE, METRICS_FILE, MetricsWriter, draw_curves, exit_code, peak_memory_bytes
 from pact.samples import with_context, with_usable_trace
 from pact.scratch import new_model
@@ -325,7 +325,7 @@ def _run(argv: Sequence[str]) -> Path | None:
     save_whole(trainer.save_model, state.folder / "model", main, wait)
     if trainer.is_world_process_zero():
         draw_curves(state.folder / METRICS_FILE, state.folder / CURVES_FILE)
-        write_report(state.folder, test_tasks or [])
+        report_or_warn(state.folder, test_tasks or [])
         _summarise(state, trainer, before, after)
     return None
 

@@ -262,6 +262,8 @@ def _divided(
                 f"denominator {value:g} divides the {'SFT' if one == SFT else 'RL'} tokens: count them over the whole "
                 "optimiser step, before the loss"
             )
+    if weight_N.dtype in (torch.float16, torch.bfloat16):
+        weight_N = weight_N.float()  # 1 / Z has no room in them
     return torch.where(kind_N == SFT, weight_N / by_kind[SFT], weight_N / by_kind[RL])
 
 

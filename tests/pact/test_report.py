@@ -238,6 +238,14 @@ def test_a_panel_is_drawn_from_its_values():
     assert len({panel.title for panel in PANELS}) == len(PANELS)
 
 
+def test_values_at_the_ends_of_floats_are_drawn():
+    for values in ([5e-324, 1.0], [5e-324, 5e-324], [-1.7e308, 1.7e308], [1e-320, 2e-320]):
+        records = [{"phase": "train", "step": step, "grad_norm": value} for step, value in enumerate(values, 1)]
+        [panel] = draw_panels(records)
+        assert "nan" not in str(panel)
+        assert "inf" not in str(panel)
+
+
 # -- at saves --------------------------------------------------------------------------------------------------------
 
 
@@ -257,5 +265,5 @@ def test_reports_at_saves_are_rare_and_never_end_a_run(run, monkeypatch, caplog)
 
     monkeypatch.setattr("pact.report.write_report", full)
     ReportWriter(run, None).on_save(None, State, None)
-    assert "no report was written at this save: no space left" in caplog.text
+    assert "no report was written: OSError: no space left" in caplog.text
     assert set(SAMPLES) == {"better", "worse", "same"}

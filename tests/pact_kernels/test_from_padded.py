@@ -180,3 +180,10 @@ def test_bad_input_is_refused(name, value, message):
 def test_lists_are_refused():
     with pytest.raises(TypeError, match="mask must be a tensor, got list"):
         TokenTerms.from_padded(**changed("mask", [[0, 1]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_are_divided_in_float32(dtype):
+    ids, mask = torch.tensor([[1, 2]]), torch.tensor([[0, 1]])
+    terms, _ = TokenTerms.from_padded(ids, mask, torch.ones(1), denominator=3e7, weight=torch.ones(1, dtype=dtype))
+    assert terms.weight.item() == pytest.approx(1 / 3e7, rel=1e-6)
