@@ -59,7 +59,7 @@ def run_reward(place: str, turns: int, function: Callable[[], Any]) -> tuple[flo
     """
     try:
         value = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RuntimeError(f"{place}: it raised {type(error).__name__}: {error}; mend it") from error
     if not isinstance(value, tuple):
         reward = _number(place, value)

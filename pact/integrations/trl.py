@@ -140,8 +140,12 @@ class PactGRPOTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         micro_batches = self._micro_batches(inputs, batch)
         self._attach_logprobs(micro_batches)
-        mine = self.objective.denominators([group for groups in micro_batches for group in groups])
-        z_rl, z_sft = self._over_processes(mine.rl, mine.sft)
+        groups = [group for groups in micro_batches for group in groups]
+        mine = self.objective.denominators(groups)
+        # TRL divides by rollouts that it masks (mask_truncated_completions), too.
+        masked = sum(not any(rollout.sampled) for group in groups for rollout in group.rollouts)
+        of_masked = {"token": 0.0, "sequence": 1.0, "constant": self.pact.norm_length}[self.pact.loss_norm]
+        z_rl, z_sft = self._over_processes(mine.rl + masked * of_masked, mine.sft)
         return {"place": torch.arange(len(micro_batches)), "groups": micro_batches, "z_rl": z_rl, "z_sft": z_sft}
 
     def _micro_batches(self, inputs: Sequence[dict[str, Any]], batch: dict[str, Tensor]) -> list[MicroBatch]:

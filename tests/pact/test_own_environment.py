@@ -496,6 +496,10 @@ def by_turn(turns):
 
 def none(turns): pass
 def other(sample): return 0
+def exits(task):
+    raise SystemExit(0)
+
+
 def raises(task): return task.gone
 async def later(task): return 0
 class Kind: pass
@@ -528,6 +532,8 @@ def test_own_rewards_get_what_they_name(code, tmp_path):
     assert not reward.is_own
     with pytest.raises(RuntimeError, match=r"mine\.py:raises, task 't': it raised AttributeError: .*gone"):
         Reward(f"{code}:raises").of(TURNS, Gold(), (0.5, []), task, [])
+    with pytest.raises(RuntimeError, match=r"mine\.py:exits, task 't': it raised SystemExit: 0"):
+        Reward(f"{code}:exits").of(TURNS, Gold(), (0.5, []), task, [])
     with pytest.raises(ValueError, match=r"mine\.py:none, task 't': it returned None"):
         Reward(f"{code}:none").of(TURNS, Gold(), (0.5, []), task, [])
 

@@ -83,6 +83,8 @@ SAME_AS_TRL = {
     "sequences": {"loss_type": "grpo", "num_iterations": 2, "max_steps": 2},
     "constant": {"loss_type": "dr_grpo", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     "truncated_masked": {"mask_truncated_completions": True, "max_completion_length": 3},
+    "truncated_sequences": {"mask_truncated_completions": True, "max_completion_length": 3, "loss_type": "grpo"},
+    "truncated_constant": {"mask_truncated_completions": True, "max_completion_length": 3, "loss_type": "dr_grpo"},
     "checkpointing": {"gradient_checkpointing": True},
 }
 
