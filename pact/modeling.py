@@ -204,7 +204,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """Raises ValueError when the tokenizer has ids that the model has no embedding for, TypeError when its head is no
     plain linear layer."""
     vocabulary_size(model)
-    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    embedding = model.get_input_embeddings()
+    rows = cast(nn.Embedding, getattr(embedding, "base_layer", embedding)).num_embeddings  # it may have adapters
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings: take the tokenizer that "

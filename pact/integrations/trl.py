@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pact.groups import PROMPT, context_overflow
-from pact.messages import Message, check_trace
+from pact.messages import Message, check_messages, check_trace
 from pact.metrics import add_metrics
 from pact.modeling import attach_tree_attention, causal_lm, check_vocabulary, evaluating
 from pact.objective import Denominators, Group, PactConfig, PactObjective, Rollout, flatten_metrics
@@ -35,6 +36,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("pact.integrations.trl needs TRL: pip install 'pact-kernels[trl]'") from error
 
+logger = getLogger(__name__)
 EXPERT = "expert"  # the column of the traces
 _LOSS_NORM = {"dapo": "token", "grpo": "sequence", "dr_grpo": "constant"}  # TRL's loss_type -> PactConfig.loss_norm
 
@@ -54,7 +56,8 @@ class PactGRPOTrainer(GRPOTrainer):
     rollouts of a prompt share one prefix tree. A trace is supervised with the first rollout of its prompt: once in each
     pass over the generation batch. Z and Z_sft are those of the generation batch over all processes, times
     ``gradient_accumulation_steps / steps_per_generation``, as TRL's "dapo" counts: exactly those of the optimiser step
-    where it takes whole generation batches, their mean over the steps where a generation batch lasts for several.
+    where it takes one whole generation batch, their mean over the steps where a generation batch lasts for several. A
+    step that takes several generation batches is the mean of their losses.
     Old log-probs are kept, for the branch taken, where a generation batch outlives an optimiser step.
 
     Args:
@@ -68,6 +71,7 @@ class PactGRPOTrainer(GRPOTrainer):
         pact: the settings in force.
 
     Raises:
+        TypeError: ``pact`` that is no PactConfig.
         ValueError: settings that cannot be honoured, all in one message; a trace that cannot be rendered (the message
             names its row); a tokenizer or a model that PACT cannot train.
     """
@@ -91,6 +95,8 @@ class PactGRPOTrainer(GRPOTrainer):
         **options: Any,
     ) -> None:
         args = GRPOConfig() if args is None else args
+        if not isinstance(pact, PactConfig | None):
+            raise TypeError(f"pact is {type(pact).__name__}: give a pact.objective.PactConfig")
         config = merged_config(args, pact or PactConfig())
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _check_dataset(dataset, name)
@@ -383,6 +389,8 @@ def expert_messages(expert: Sequence[Message] | None) -> list[Message] | None:
     """
     if expert is None:
         return None
+    if not isinstance(expert, Sequence) or not all(isinstance(message, dict) for message in expert):
+        raise ValueError(f"the trace is {type(expert).__name__} and no list of messages: parse JSON text first")
     messages = [{key: value for key, value in message.items() if value is not None} for message in expert]
     for place, message in enumerate(messages):
         for call in message.get("tool_calls", []):
@@ -408,7 +416,10 @@ def _check_dataset(dataset: Any, name: str) -> None:
         for split, part in dataset.items():
             _check_dataset(part, f"{name}[{split!r}]")
         return
-    if not {EXPERT, "prompt"} <= set(getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
+    columns = getattr(dataset, "column_names", None) or ()
+    if columns and EXPERT not in columns:
+        logger.warning(f"{name} has no column {EXPERT!r}, only {', '.join(columns)}: there are no traces to train on")
+    if not {EXPERT, "prompt"} <= set(columns) or not hasattr(dataset, "__len__"):
         return
     for number, (prompt, expert) in enumerate(zip(dataset["prompt"], dataset[EXPERT])):
         try:
@@ -422,6 +433,11 @@ def _check_prompt(prompt: Any) -> None:
     """Raises ValueError where a trace has no prompt of messages to follow."""
     if not isinstance(prompt, list):
         raise ValueError(f"the prompt {str(prompt)[:60]!r} has a trace: give it as messages (conversational)")
+    checked = check_messages(
+        [{key: value for key, value in message.items() if value is not None} for message in prompt], "prompt"
+    )
+    if checked[-1]["role"] != "user":
+        raise ValueError(f"a prompt with a trace ends with a user message, this one with role {checked[-1]['role']!r}")
 
 
 def _samples(batch: dict[str, Tensor]) -> Iterator[tuple[list[int], Rollout]]:

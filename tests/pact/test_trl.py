@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -492,6 +493,34 @@ def test_traces_are_checked_before_training(tmp_path):
     plain = [{"prompt": "What is the price?", "expert": trace(0)}]
     with pytest.raises(ValueError, match="give it as messages"):
         make_trainer(tmp_path, data=plain).train()
+    for end, message in (
+        ("assistant", "ends with a user message, this one with role 'assistant'"),
+        ("robot", "role 'robot'"),
+    ):
+        ended = rows(2)
+        ended[1] = {**ended[1], "prompt": [*ended[1]["prompt"], {"role": end, "content": "-"}]}
+        with pytest.raises(ValueError, match=f"train_dataset, row 1: .*{message}"):
+            make_trainer(tmp_path, data=ended)
+    text = [{**row, "expert": json.dumps(row["expert"])} for row in rows(2)]
+    with pytest.raises(ValueError, match="row 0: the trace is str and no list of messages"):
+        make_trainer(tmp_path, data=text)
+
+
+def test_what_a_script_may_get_wrong(tmp_path, caplog):
+    with pytest.raises(TypeError, match=r"pact is dict: give a pact\.objective\.PactConfig"):
+        make_trainer(tmp_path, {"anchor_q": 0.5})
+    make_trainer(tmp_path, data=[{"prompt": row["prompt"], "trace": row["expert"]} for row in rows(2)])
+    assert "train_dataset has no column 'expert', only prompt, trace: there are no traces" in caplog.text
+
+
+def test_adapters_on_the_embedding(tmp_path):
+    lora = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, PactConfig(anchor_q=0.5, sft_coef=0.5), peft_config=lora)
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert any("embed_tokens" in name for name in changed)
+    assert all("lora_" in name for name in changed)
 
 
 def test_keys_that_arrow_fills_with_null_are_dropped():
