@@ -121,6 +121,7 @@ class PactGRPOTrainer(GRPOTrainer):
         self.objective = PactObjective(self.pact, forwards=lambda made: 1)
         self.beta = 0.0  # TRL would score every rollout once more; the reference is scored in the branch's own context
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._drawn = (("", 0), 0)  # (mode, optimiser step) of the last batch and how many of that came before it
         self._steps = {"train": 0.0, "eval": 0.0}  # optimiser steps in the sums; evaluation: batches
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -199,9 +200,14 @@ class PactGRPOTrainer(GRPOTrainer):
         for prompt, group in zip(prompts, groups):
             if prompt in everywhere:
                 group.branch = PROMPT
-        within = self._step % self.args.gradient_accumulation_steps  # TRL's own count begins anew in a resumed run
-        stream = random.Random(f"{self.args.seed}/branch/{self.state.global_step}/{within}")
+        stream = random.Random(f"{self.args.seed}/branch/{self._draw()}")
         self.objective.assign_branches(groups, torch.Generator().manual_seed(stream.getrandbits(63)), prompts)
+
+    def _draw(self) -> str:
+        """A name for the batch whose branches are drawn: the same in a resumed run, and in every evaluation."""
+        now = (self._mode, self.state.global_step)
+        self._drawn = (now, self._drawn[1] + 1 if self._drawn[0] == now else 0)
+        return f"{self.state.global_step}/{self._drawn[1]}" if self.model.training else f"eval/{self._drawn[1]}"
 
     def _attach_logprobs(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Fix old and reference log-probs where the objective cannot take them from its own forward."""

@@ -262,6 +262,51 @@ def test_evaluation_logs_the_loss_too(tmp_path):
     assert evaluated["eval_held_out_loss"] == pytest.approx(parts, abs=1e-5)
 
 
+def test_evaluation_batches_draw_their_own_branches_and_the_same_each_time(tmp_path):
+    tokenizer, model = tokenizer_and_model()
+    seen = []
+
+    class Seen(PactGRPOTrainer):
+        def _micro_batches(self, inputs, batch):
+            made = super()._micro_batches(inputs, batch)
+            if not self.model.training:
+                seen.append([group.branch for groups in made for group in groups])
+            return made
+
+    trainer = Seen(
+        model,
+        lambda completion_ids, **kwargs: [float(len(ids)) for ids in completion_ids],
+        arguments(tmp_path, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4, max_steps=2),
+        Dataset.from_list(rows()),
+        Dataset.from_list(rows(6)),
+        tokenizer,
+        pact=PactConfig(anchor_q=0.5),
+    )
+    trainer.train()
+    assert len(seen) == 12
+    assert {branch for branches in seen[:6] for branch in branches} == {PROMPT, TRACE}
+    assert seen[:6] == seen[6:]
+
+
+def test_a_run_resumed_after_an_uneven_epoch(tmp_path):
+    """Six micro-batches an epoch, four an optimiser step: TRL's count of them is not a multiple of four at the save."""
+    options = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "learning_rate": 0.1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "steps_per_generation": 1,
+        "save_strategy": "steps",
+    }
+    logs = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make_trainer(tmp_path, PactConfig(anchor_q=0.5, sft_coef=0.5), data=rows(6), **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        logs.append([log.get("loss") for log in trainer.state.log_history])
+    assert logs[0] == logs[1]
+
+
 def test_the_behavior_ratio_compares_with_the_prompt_only_policy(tmp_path):
     trainer = make_trainer(tmp_path, PactConfig(anchor_q=0.0, ratio_reference="behavior", sft_coef=0.0))
     trainer.train()
