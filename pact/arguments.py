@@ -123,6 +123,11 @@ class PactTrainingArguments(TrainingArguments):
     engine_correction: float = _help(
         "largest importance weight of a token for what engine and trainer disagree on; 0: no weights", 2.0
     )
+    max_engine_gap: float = _help(
+        "stop when the log-probs of engine and trainer are further apart than this, nats, mean over the sampled tokens "
+        "of a batch; 0: never. Engines of other precision differ by hundredths",
+        0.5,
+    )
     vllm_mode: Literal["server", "colocated"] = _help(
         "vLLM behind HTTP at vllm_url, or in every training process", "server"
     )
@@ -219,6 +224,7 @@ class PactTrainingArguments(TrainingArguments):
             "max_response_tokens": (1, "it counts tokens"),
             "latent_trace_steps": (0, "0 switches it off"),
             "max_ratio": (0, "0 switches it off"),
+            "max_engine_gap": (0, "0 switches it off"),
             "eval_tasks": (0, "0 switches evaluation off"),
             "warm_start_steps": (0, "0 switches the warm start off"),
             "warm_start_batch_size": (1, "it counts prompts"),
@@ -249,6 +255,10 @@ class PactTrainingArguments(TrainingArguments):
     def reward_options(self) -> Reward:
         """The reward of the rollouts. Raises ValueError for a setting out of range."""
         return Reward(self.reward, self.match_assignment, self.match_unmatched, self.format_weight, self.answer_tags)
+
+    def says_vllm(self) -> list[str]:
+        """The settings of vLLM that are not their defaults."""
+        return [f.name for f in fields(self) if f.name.startswith("vllm_") and getattr(self, f.name) != f.default]
 
     def vllm_options(self) -> VllmOptions:
         """How vLLM is run. Raises ValueError for a setting out of range."""

@@ -312,7 +312,7 @@ def record_line(record: EpisodeRecord) -> str:
 
 def load_records(path: Path) -> list[EpisodeRecord]:
     """What ``save_records`` wrote."""
-    return [EpisodeRecord(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [EpisodeRecord(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _names(records: Sequence[EpisodeRecord]) -> list[str]:

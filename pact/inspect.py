@@ -108,6 +108,9 @@ def parse(argv: Sequence[str]) -> Request:
         raise ValueError("give one thing to look at: a file TRACE.jsonl, --env NAME, or --run runs/NAME")
     if own.run is None and own.tokenizer is None:
         raise ValueError(f"no tokenizer: give --tokenizer FOLDER, or --tokenizer {TOYBOX}")
+    read = [path for path in (trace, own.data, own.traces, *own.rollouts) if path is not None]
+    if own.html is not None and Path(own.html).resolve() in [Path(path).resolve() for path in read]:
+        raise ValueError(f"--html {own.html} is the file that is read: give the page another name")
     return Request(trace, own, config)
 
 

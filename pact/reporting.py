@@ -18,6 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from pact.files import replace_file, write_whole
 from pact.rollout import Trajectory
+from pact.visible import visible
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 STOP_REASONS = ("answer", "turn_limit", "token_limit", "context_limit")
@@ -216,7 +217,7 @@ def exit_code(command: Callable[[], None], interrupted: str) -> int:
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         if os.environ.get("PACT_DEBUG"):
             raise
-        print(f"pact: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"pact: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print(f"pact: interrupted; {interrupted}", file=sys.stderr)

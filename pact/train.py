@@ -281,6 +281,10 @@ def _run(argv: Sequence[str]) -> Path | None:
     state = open_run(argv)
     settings, args = state.settings, state.settings.training
     args.output_dir = str(state.folder)
+    if args.engine != "vllm" and args.says_vllm():
+        logger.warning(
+            f"{', '.join(args.says_vllm())}: not read with engine {args.engine}; set engine vllm to use vLLM"
+        )
     env = make(settings.env.env, **settings.env.options())
     train_tasks, test_tasks = load_tasks(env, settings)
     checkpoint, finished = _resume_point(state.folder, args.max_steps)

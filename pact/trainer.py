@@ -368,6 +368,12 @@ class PactTrainer(CheckpointedTrainer):
         ours = [(rollout.old_logp or {})[PROMPT] for group in alone for rollout in group.rollouts]
         sums = correct(rollouts, ours, self.args.engine_correction)
         tokens, largest = sums.pop("tokens"), sums.pop("engine_gap_max")
+        gap, bound = sums["engine_gap"] / max(tokens, 1.0), self.args.max_engine_gap
+        if bound and not gap <= bound:
+            raise RuntimeError(
+                f"the log-probs of engine and trainer are {gap:.3g} nats a token apart, over max_engine_gap {bound:g}: "
+                "the engine does not hold the weights that are trained; serve the same model (layers, vocabulary, rope)"
+            )
         self.meter.add("engine/gap_max", largest)
         for name, value in sums.items():
             self.meter.add(name.replace("_", "/", 1), value, tokens)

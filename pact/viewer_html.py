@@ -32,6 +32,7 @@ def inspect_page(displays: Sequence[Display], config: PactConfig, progress: floa
         progress=progress,
         tasks=[_task(number, shown, config) for number, shown in enumerate(displays)],
         data={
+            "progress": progress,
             "reasoning_anneal": config.reasoning_anneal,
             "tool_call_weight": list(config.tool_call_weight),
             "answer_weight": config.answer_weight,

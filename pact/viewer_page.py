@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pact.files import write_whole
-from pact.viewer_text import visible
+from pact.visible import visible
 
 LONGEST = 20_000  # characters of one text that are laid out; the rest is behind a fold
 MOST = 1_000_000  # characters of one text that a page holds at all

@@ -281,7 +281,13 @@ def tool_schema(function: Function) -> ToolSchema:
         raise ValueError(f"a tool is a Python function, not {function!r}: give functions or methods")
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"tool {name} is async: write it as a plain function")
-    kinds = [item.kind for item in inspect.signature(function).parameters.values()]
+    if inspect.isclass(function) or inspect.isgeneratorfunction(function):
+        kind = "class" if inspect.isclass(function) else "generator"
+        raise ValueError(f"tool {name} is a {kind}: write a plain function that returns the result")
+    try:
+        kinds = [item.kind for item in inspect.signature(function).parameters.values()]
+    except ValueError as error:
+        raise ValueError(f"tool {name} has no signature ({error}): wrap it in a function of yours") from None
     if any(kind not in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY) for kind in kinds):
         raise ValueError(f"tool {name} takes arguments without a name (*, ** or /): name each of them")
     try:

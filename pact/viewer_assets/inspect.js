@@ -46,7 +46,7 @@ function apply(s) {
 function fromAddress() {
   const match = /^#progress=(0(?:\.\d+)?|1(?:\.0+)?)$/.exec(location.hash);
   if (match) slider.value = match[1];
-  apply(match ? Number(match[1]) : Number(slider.value));
+  apply(match ? Number(match[1]) : config.progress); // the slider rounds
 }
 
 if (slider) {

@@ -71,6 +71,19 @@ def test_the_slider_weighs_as_the_schedules_do(browser, tmp_path, anneal):
     assert browser.complaints == []
 
 
+def test_the_page_opens_at_exactly_the_progress_asked_for(browser, tmp_path):
+    """Just past 1/3 a block of three segments has two left; the slider would round it back to three."""
+    expert = trace()
+    expert[0]["reasoning_content"] = "One is this. Two is that. Three is it."
+    config = PactConfig()
+    path, [shown] = page_of(tmp_path, [task(expert=expert)], config, progress=0.3334)
+    browser.open(path)
+    view = shown.view
+    supervised = int((supervised_weights(view.trace, config, 0.3334) > 0).sum())
+    assert supervised < int((supervised_weights(view.trace, config, 0.333) > 0).sum())
+    assert browser.run('document.getElementById("sum-0").textContent').startswith(f"{supervised} tokens have weight")
+
+
 def test_the_address_and_the_keyboard_set_the_progress(browser, tmp_path):
     path, _ = page_of(tmp_path, [task()], PactConfig())
     browser.open(path, "#progress=0.5")

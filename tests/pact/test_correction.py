@@ -93,6 +93,13 @@ class OtherEngineTrainer(SteeredTrainer):
         return super().score(tasks, lower)
 
 
+def test_an_engine_with_other_weights_stops_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, kind=OtherEngineTrainer, max_engine_gap=0.09)
+    with pytest.raises(RuntimeError, match=r"are 0\.1 nats a token apart, over max_engine_gap 0\.09"):
+        trainer.train()
+    make_trainer(tmp_path / "off", kind=OtherEngineTrainer, max_engine_gap=0.0, max_steps=1).train()
+
+
 @pytest.mark.parametrize("settings", [{}, {"rollout_batch_steps": 2, "max_steps": 2}])
 @pytest.mark.parametrize("reference", ["trace", "behavior"])
 def test_the_trainer_logs_the_mismatch_and_weighs_by_it(tmp_path, settings, reference):

@@ -383,6 +383,11 @@ def untyped(a):
     """
 
 
+def counted(a: int):
+    """Count up to a."""
+    yield a
+
+
 def undescribed(a: int):
     """Undescribed."""
 
@@ -396,6 +401,9 @@ def undescribed(a: int):
         (untyped, r"tool untyped has no schema \(.*missing a type hint"),
         (undescribed, r"tool undescribed has no schema \(.*no description for the argument 'a'"),
         (3, "a tool is a Python function, not 3"),
+        (Counter, "tool Counter is a class: write a plain function"),
+        (counted, "tool counted is a generator: write a plain function"),
+        (max, "tool max has no signature .*: wrap it in a function of yours"),
     ],
 )
 def test_functions_without_a_schema(tmp_path, function, message):

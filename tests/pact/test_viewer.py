@@ -22,7 +22,8 @@ from pact.schedules import linear, supervised_segments
 from pact.trace import Component, render_trace
 from pact.viewer import Attempt, display, group_tree, runs_of, supervised_weights, token_texts, view_task
 from pact.viewer_files import read_attempts, read_tasks
-from pact.viewer_text import draw, visible
+from pact.viewer_text import draw
+from pact.visible import visible
 
 CONFIG = PactConfig(tool_call_weight=(0.9, 0.3), answer_weight=0.25)
 ANSI = re.compile("\x1b\\[[0-9;]*m")
@@ -398,6 +399,10 @@ WRONG = {
     "limit": (["FILE", "--tokenizer", "toybox", "--limit", "0"], "limit is 0, set it to at least 1"),
     "setting": (["FILE", "--tokenizer", "toybox", "--progres", "1"], "did you mean 'progress'?"),
     "objective": (["FILE", "--tokenizer", "toybox", "--reasoning_anneal", "x"], "reasoning_anneal='x' is not one of"),
+    "page over trace": (
+        ["FILE", "--tokenizer", "toybox", "--html", "./FILE"],
+        "is the file that is read",
+    ),
     "no run": (["--run", "nowhere"], "nowhere is no run: it has no config.yaml"),
     "rollouts": (["FILE", "--tokenizer", "toybox", "--rollouts", "OTHER"], "no rollout belongs to a task shown"),
 }
