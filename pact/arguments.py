@@ -247,6 +247,12 @@ class PactTrainingArguments(TrainingArguments):
                 f"unknown warm_start_lr_scheduler_type {self.warm_start_lr_scheduler_type!r}: choose one of "
                 f"{', '.join(kind.value for kind in SchedulerType)}"
             )
+        if self.resume_from_checkpoint is not None:
+            raise ValueError(
+                "leave out resume_from_checkpoint: pact train --resume RUN goes on from its last checkpoint"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor must stay 0: the losses here have no smoothing")
         if self.enable_jit_checkpoint:
             raise ValueError("leave out enable_jit_checkpoint: SIGTERM always ends in a checkpoint, rollouts included")
         if self.remove_unused_columns:

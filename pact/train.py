@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any, cast
@@ -80,7 +80,7 @@ def open_run(argv: Sequence[str]) -> Run:
     Raises ValueError for bad settings, a configuration beside ``--resume``, and a run that does not exist (resume) or
     already does (``--run_name``).
     """
-    rest = list(argv)
+    rest = [part for text in argv for part in (text.split("=", 1) if text.startswith("--resume=") else [text])]
     config = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     runs = Path("runs")
     if "--resume" not in rest:
@@ -93,12 +93,20 @@ def open_run(argv: Sequence[str]) -> Run:
     rest.pop(at)
     if config is not None:
         raise ValueError(f"--resume continues with the run's own config.yaml: leave out {config}, overrides are fine")
+    if name and Path(name).name != name and Path(name).resolve() != (runs / Path(name).name).resolve():
+        raise ValueError(f"--resume {name} is not in {runs.absolute()}: change to the folder where the run was begun")
     folder = runs / Path(name).name if name else max(runs.glob(f"*/{CONFIG_FILE}"), key=_age, default=runs / "x").parent
     if not (folder / CONFIG_FILE).is_file():
         known = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none"
         raise ValueError(f"no run {name or ''!r} to resume in {runs.absolute()}: there are {known}")
     first = parse_settings([], folder / CONFIG_FILE)
     settings = parse_settings(rest, folder / CONFIG_FILE)  # last: making training arguments sets up the processes
+    for field in fields(LoraArguments):
+        before, after = getattr(first.lora, field.name), getattr(settings.lora, field.name)
+        if before != after:
+            raise ValueError(
+                f"this run was begun with {field.name} {before}, not {after}: leave it as it was, or begin a new run"
+            )
     if (folder / EVAL_START).is_file():
         _same_evaluation(first, settings)
     return Run(folder, settings, True)
@@ -169,6 +177,11 @@ def load_tokenizer(arguments: ModelArguments, env: Environment) -> PreTrainedTok
         return prepare_tokenizer(env.tokenizer())
     if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(f"no model folder {source}: give a folder saved by save_pretrained, or a hub name")
+    if (Path(source) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{source} holds LoRA adapters alone: give the folder of a whole model, their base or the two merged "
+            "(PEFT's merge_and_unload, then save_pretrained)"
+        )
     if arguments.model_config:
         raise ValueError("model_config is for new models: leave it out, or set model to " + SCRATCH)
     return prepare_tokenizer(AutoTokenizer.from_pretrained(source))

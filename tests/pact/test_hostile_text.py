@@ -14,6 +14,7 @@ import pact.envs
 from pact.envs.base import Task
 from pact.envs.ftrl import FtrlEpisode, FtrlItem
 from pact.envs.toolhop import ToolHopEpisode, ToolHopItem
+from pact.reporting import exit_code
 from pact.rollout import RolloutLimits, run_rollouts
 from pact.trace import (
     Component,
@@ -244,3 +245,13 @@ def test_scores_read_roles():
     score = toolhop.score([messages[0], {**messages[1], "content": evil}, messages[2]])
     assert score.metrics["answer_correctness_strict"] == 0.0
     assert toolhop.score([messages[0], {**messages[1], "content": evil}]).reward == 0.0
+
+
+def test_errors_print_no_control_characters(capsys):
+    def fails():
+        raise ValueError("the tool \x1b]0;owned\x07\x1b[31mevil\u202e")
+
+    assert exit_code(fails, "") == 2
+    line = capsys.readouterr().err.rstrip("\n")
+    assert line.isprintable()
+    assert "⟨U+001B⟩" in line

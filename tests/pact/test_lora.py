@@ -142,6 +142,11 @@ def test_a_run_with_lora_stops_resumes_and_loads(config, capsys):
     base = AutoModelForCausalLM.from_pretrained("base")
     trained = PeftModel.from_pretrained(base, str(config / "runs" / "whole" / "model"))
     assert any(p.abs().max() > 0 for name, p in trained.named_parameters() if "lora_B" in name)
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "parts", "--lora_r", "8"]) == 2
+    assert "begun with lora_r 4, not 8: leave it as it was" in capsys.readouterr().err
+    assert cli.main(["train", "--model", "runs/parts/model", "--max_steps", "1"]) == 2
+    assert "runs/parts/model holds LoRA adapters alone: give the folder of a whole model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ def test_a_run_from_nothing_to_a_loadable_model(config, capsys, monkeypatch):
     assert "resume with the eval_tasks the run began with" in capsys.readouterr().err
     assert cli.main(["train", "--resume", "whole", "--eval_temperature", "0.5"]) == 2
     assert "was evaluated with eval_temperature 0.0, not 0.5" in capsys.readouterr().err
-    assert cli.main(["train", "--resume", "whole", "--max_steps", "3"]) == 0  # beyond its end: evaluated anew
+    assert cli.main(["train", "--resume", "elsewhere/runs/whole"]) == 2
+    assert "change to the folder where the run was begun" in capsys.readouterr().err
+    assert cli.main(["train", "--resume=runs/whole", "--max_steps", "3"]) == 0  # beyond its end: evaluated anew
     assert [r["step"] for r in lines_of(whole) if "eval_reward" in r][-1] == 3
 
 
@@ -185,6 +187,8 @@ def test_shipped_configurations_parse(path):
         (["--output_dir", "elsewhere"], "set run_name instead"),
         (["--resume", "gone"], "leave out"),
         (["--eval_tasks", "0"], "set eval_tasks"),
+        (["--resume_from_checkpoint", "x"], "pact train --resume RUN goes on from its last checkpoint"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor must stay 0"),
         (["--env_options.trace_share", "0"], "a warm start needs expert traces"),
         (["--warm_start_lr_scheduler_type", "cosin"], "warm_start_lr_scheduler_type"),
         (["--max_prompt_tokens", "20"], "raise them, or set overlong_prompts to drop"),

@@ -492,6 +492,8 @@ def test_settings_reach_the_options(tmp_path):
     flags = {"engine": "vllm", "vllm_url": "http://a:1,http://b:2", "vllm_retry_seconds": 7, "vllm_dtype": "bfloat16"}
     training = parse_settings([f"--{name}={value}" for name, value in flags.items()]).training
     assert training.engine == "vllm"
+    assert training.says_vllm() == ["vllm_url", "vllm_retry_seconds", "vllm_dtype"]
+    assert parse_settings([]).training.says_vllm() == []
     options = training.vllm_options()
     assert options == VllmOptions(urls=("http://a:1", "http://b:2"), retry_seconds=7.0, dtype="bfloat16")
     assert parse_settings([]).training.engine == "transformers"
