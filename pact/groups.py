@@ -43,8 +43,8 @@ class PactConfig:
             ``mu_warmup`` of training and falls to the valley over the share ``mu_decay`` (`schedules.warmup_cosine`).
         sft_token_weight: "phi": a supervised token also weighs p (1 - p), p its present probability, without gradient
             (CHORD-phi): neither what the policy knows nor what it finds absurd pulls hard. "none": 1.
-        reasoning_anneal: "segment" (supervised prefix of segments shrinks), "linear" (all reasoning tokens weigh 1 - s)
-            or "none" (weight 1 throughout).
+        reasoning_anneal: "segment" (supervised prefix of segments shrinks), "token" (prefix of tokens), "linear"
+            (all reasoning tokens weigh 1 - s), "none" (weight 1 throughout) or "off" (weight 0 throughout).
         tool_call_weight: weight of tool-call tokens at progress 0 and 1, linear between.
         answer_weight: weight of the answer and other assistant prose. When it is above 0, those tokens also count in
             Z_sft, so that the supervised term stays a mean.
@@ -59,6 +59,8 @@ class PactConfig:
         norm_length: tokens a rollout counts for under ``loss_norm="constant"``; take the response limit.
         temperature: of the sampler; every log-prob here, supervised ones included, is of softmax(logits / temperature).
         token_budget: most unique tokens in one tree; None: one tree for all groups given.
+        context_observations: False leaves the tool observations out of the trace that the trace-conditioned branch
+            reads. As targets they have no weight either way.
         one_pass: False computes every sequence on its own (dense), for comparison: same loss, same gradient.
         context_length: most tokens of a sequence (the model's ``max_position_embeddings``). A prompt whose
             trace-conditioned sequence is longer takes the prompt-only branch; any other longer sequence is an error.
@@ -84,6 +86,7 @@ class PactConfig:
     loss_norm: str = "token"
     temperature: float = 1.0
     token_budget: int | None = None
+    context_observations: bool = True
     one_pass: bool = True
     norm_length: float = 1024.0
     context_length: int | None = None
@@ -114,6 +117,8 @@ class PactConfig:
         _check_number("entropy_coef", self.entropy_coef, low=-math.inf)
         for name in ("temperature", "norm_length"):
             _check_number(name, getattr(self, name), above=True)
+        if not isinstance(self.context_observations, bool):
+            raise ValueError(f"context_observations={self.context_observations!r} must be true or false")
         for name in ("token_budget", "context_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -165,10 +165,9 @@ def run(argv: Sequence[str]) -> None:
     if options.rollouts and not any(task.id in attempts for task in tasks):
         ids = f"their ids are like {next(iter(attempts))!r}, those of the tasks like {tasks[0].id!r}"
         raise ValueError(f"no rollout belongs to a task shown: {ids}; choose tasks with --task")
-    displays = [
-        display(view_task(task, tokenizer, attempts.get(task.id, [])), tokenizer, request.config, options.progress)
-        for task in tasks
-    ]
+    seen = request.config.context_observations
+    views = [view_task(task, tokenizer, attempts.get(task.id, []), observations=seen) for task in tasks]
+    displays = [display(view, tokenizer, request.config, options.progress) for view in views]
     if options.html is not None:
         path = write_page(Path(options.html), inspect_page(displays, request.config, options.progress))
         print(f"page: {path}")

@@ -162,7 +162,7 @@ def rl_group(
     head_ids, suffix_ids = render_prompt(task.messages, task.tools, tokenizer)
     group = Group(head_ids, suffix_ids)
     if task.expert is not None:
-        group.context_ids = render_context(task.expert, tokenizer)
+        group.context_ids = render_context(task.expert, tokenizer, observations=config.context_observations)
         trace = render_trace(task.expert, task.tools, tokenizer)
         if _fits(head_ids, suffix_ids, trace, config):
             group.trace = trace
@@ -186,7 +186,7 @@ def sft_group(
         return None
     head_ids, suffix_ids = render_prompt(task.messages, task.tools, tokenizer)
     if trace_in_context:
-        head_ids = head_ids + render_context(task.expert, tokenizer)
+        head_ids = head_ids + render_context(task.expert, tokenizer, observations=config.context_observations)
     trace = render_trace(task.expert, task.tools, tokenizer)
     return Group(head_ids, suffix_ids, trace=trace) if _fits(head_ids, suffix_ids, trace, config) else None
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-REASONING_ANNEALS = ("segment", "linear", "none")
+REASONING_ANNEALS = ("segment", "token", "linear", "none", "off")
 
 
 def check_progress(progress: float) -> float:
@@ -54,11 +54,17 @@ def supervised_segments(n: int, progress: float) -> int:
     return max(0, math.ceil((1.0 - progress) * n - 1e-9))
 
 
+def _block_starts(segment_n: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where a reasoning block begins: a block is a run of non-negative entries; an index that falls starts the next."""
+    before_n = np.concatenate(([-1], segment_n[:-1]))
+    starts_n: NDArray[np.bool_] = (segment_n >= 0) & ((before_n < 0) | (segment_n < before_n))
+    return starts_n
+
+
 def segment_weights(segment: Sequence[int] | NDArray[np.int64], progress: float) -> NDArray[np.float64]:
     """Segment annealing (DESIGN section 1): 1.0 on the supervised prefix of each reasoning block, 0.0 elsewhere.
 
-    `segment` [n]: index of each token's segment within its reasoning block, -1 outside. A block is a run of
-    non-negative entries; an index that falls starts the next block.
+    `segment` [n]: index of each token's segment within its reasoning block, -1 outside.
 
     >>> segment_weights([0, 0, 1, 1, 2, -1, 0, 1], progress=0.5)
     array([1., 1., 1., 1., 0., 0., 1., 0.])
@@ -68,8 +74,7 @@ def segment_weights(segment: Sequence[int] | NDArray[np.int64], progress: float)
     weight_n = np.zeros(len(segment_n))
     if not inside_n.any():
         return weight_n
-    before_n = np.concatenate(([-1], segment_n[:-1]))
-    starts_n = inside_n & ((before_n < 0) | (segment_n < before_n))
+    starts_n = _block_starts(segment_n)
     inner = segment_n[inside_n]
     starts = np.flatnonzero(starts_n[inside_n])
     segments_in_block = np.maximum.reduceat(inner, starts) + 1
@@ -79,17 +84,31 @@ def segment_weights(segment: Sequence[int] | NDArray[np.int64], progress: float)
     return weight_n
 
 
+def token_segments(segment: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """`segment` [n] with every reasoning token as a segment of its own: its place in its block, -1 outside.
+
+    >>> token_segments([0, 0, 1, -1, 0, 1, 0]).tolist()
+    [0, 1, 2, -1, 0, 1, 0]
+    """
+    segment_n = np.asarray(segment, dtype=np.int64)
+    place_n = np.arange(len(segment_n))
+    start_n = np.maximum.accumulate(np.where(_block_starts(segment_n), place_n, 0)) if len(segment_n) else place_n
+    return np.where(segment_n >= 0, place_n - start_n, -1)
+
+
 def reasoning_weights(
     segment: Sequence[int] | NDArray[np.int64], progress: float, anneal: str = "segment"
 ) -> NDArray[np.float64]:
     """Weights [n] of reasoning tokens (segment >= 0) and 0.0 elsewhere.
 
-    anneal: "segment" (the paper: a shrinking prefix of whole segments), "linear" (every reasoning token at 1 - s),
-    "none" (every reasoning token at 1).
+    anneal: "segment" (the paper: a shrinking prefix of whole segments), "token" (a shrinking prefix of tokens),
+    "linear" (every reasoning token at 1 - s), "none" (every reasoning token at 1), "off" (at 0).
     """
     if anneal == "segment":
         return segment_weights(segment, progress)
+    if anneal == "token":
+        return segment_weights(token_segments(segment), progress)
     if anneal not in REASONING_ANNEALS:
         raise ValueError(f"reasoning_anneal={anneal!r} is not one of {', '.join(REASONING_ANNEALS)}")
-    scale = linear(1.0, 0.0, progress) if anneal == "linear" else 1.0
+    scale = {"linear": linear(1.0, 0.0, progress), "none": 1.0, "off": 0.0}[anneal]
     return np.where(np.asarray(segment, dtype=np.int64) >= 0, scale, 0.0)

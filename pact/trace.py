@@ -245,14 +245,19 @@ def render_prompt(
     return [token for part, _ in head_parts for token in part], suffix_ids
 
 
-def render_context(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def render_context(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, observations: bool = True
+) -> list[int]:
     """Tokenise a trace as the plain text that goes between head and suffix (the ``c`` of DESIGN section 1).
 
     One line each for thought, call, result and answer, without a single control token; unsupervised turns are included.
+    ``observations=False`` leaves out the results.
     Raises as render_trace does.
     """
     checked = check_trace(messages)
     given = [piece for block in _render(checked, None, tokenizer)[1:] for piece in block.pieces if piece.given]
+    if not observations:
+        given = [piece for piece in given if piece.component != Component.OBSERVATION]
     lines = "".join(f"{_CONTEXT_LABELS[piece.component]}: {piece.text}\n" for piece in given)
     text = f"{CONTEXT_OPEN}\n{lines}{CONTEXT_CLOSE}"
     [(ids, _)] = _encode([_Block(False, [_Piece(text, Component.PROMPT, given=True)])], tokenizer)

@@ -14,6 +14,7 @@ from pact.envs.base import Message, Task
 from pact.groups import PROMPT, TRACE, Denominators, Group, PactConfig, Rollout
 from pact.messages import calls_of, check_messages
 from pact.objective import CoTrainBatch, PactObjective
+from pact.schedules import token_segments
 from pact.trace import (
     Component,
     TokenizedTrace,
@@ -155,7 +156,8 @@ def display(view: TaskView, tokenizer: PreTrainedTokenizerBase, config: PactConf
     """Cut ``view`` into runs, with the weights of its trace at ``progress`` and its tree under ``config``."""
 
     def section(title: str, tokens: TokenizedTrace, note: str = "") -> Section:
-        return Section(title, tokens, runs_of(tokens, tokenizer), note)
+        each = config.reasoning_anneal == "token" and tokens is view.trace
+        return Section(title, tokens, runs_of(tokens, tokenizer, by_token=each), note)
 
     prompt = [*view.head, *view.suffix]
     sections = [section("prompt", _unlabelled(prompt))] if prompt else []
@@ -179,14 +181,18 @@ def _unlabelled(ids: list[int]) -> TokenizedTrace:
     return TokenizedTrace(ids, [int(Component.PROMPT)] * len(ids), [-1] * len(ids))
 
 
-def view_task(task: Task, tokenizer: PreTrainedTokenizerBase, attempts: Sequence[Attempt] = ()) -> TaskView:
-    """Render ``task``, its trace and ``attempts`` as training does.
+def view_task(
+    task: Task, tokenizer: PreTrainedTokenizerBase, attempts: Sequence[Attempt] = (), *, observations: bool = True
+) -> TaskView:
+    """Render ``task``, its trace and ``attempts`` as training does, the context with or without ``observations``.
 
     Raises ValueError, naming task or attempt, for messages that no template can render.
     """
     try:
         head, suffix = render_prompt(task.messages, task.tools, tokenizer) if task.messages else ([], [])
-        context = render_context(task.expert, tokenizer) if task.expert is not None else None
+        context = None
+        if task.expert is not None:
+            context = render_context(task.expert, tokenizer, observations=observations)
         trace = render_trace(task.expert, task.tools, tokenizer) if task.expert is not None else None
     except ValueError as error:
         raise ValueError(f"task {task.id!r}: {error}") from None
@@ -241,11 +247,16 @@ def _turn(message: Message, tokenizer: PreTrainedTokenizerBase) -> TokenizedTrac
     return TokenizedTrace(whole.ids[:end], whole.component[:end], whole.segment[:end])
 
 
-def runs_of(tokens: TokenizedTrace, tokenizer: PreTrainedTokenizerBase) -> list[Run]:
-    """``tokens`` cut where component, segment or block of reasoning changes."""
+def runs_of(tokens: TokenizedTrace, tokenizer: PreTrainedTokenizerBase, *, by_token: bool = False) -> list[Run]:
+    """``tokens`` cut where component, segment or block of reasoning changes.
+
+    ``by_token``: every token of reasoning is a run and a segment of its own, as ``reasoning_anneal="token"`` has it.
+    """
     if not tokens.ids:
         return []
     component_N, segment_N = np.asarray(tokens.component), np.asarray(tokens.segment)
+    if by_token:
+        segment_N = token_segments(segment_N)
     cuts_N = (component_N[1:] != component_N[:-1]) | (segment_N[1:] != segment_N[:-1])
     bounds = [0, *(np.flatnonzero(cuts_N) + 1).tolist(), len(tokens.ids)]
     texts = token_texts(tokens.ids, tokenizer)

@@ -179,7 +179,7 @@ def group_of(task: Task, tokenizer: PreTrainedTokenizerBase, config: PactConfig)
     group = sft_group(task, tokenizer, config, trace_in_context=False)
     group = group or Group(*render_prompt(task.messages, task.tools, tokenizer))
     if task.expert is not None:
-        group.context_ids = render_context(task.expert, tokenizer)
+        group.context_ids = render_context(task.expert, tokenizer, observations=config.context_observations)
     return group
 
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIDES = ("north", "south", "east", "west", "upper", "lower")
-TEST_SHARE = 5  # questions with crc32 % 5 == 0 belong to the test split, so no prompt is ever in both
+# Questions with crc32 % SHARES == 0 belong to the test split, those with 1 to the validation split where there is one,
+# so no prompt is ever in two.
+SHARES = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ RELATIONS = (
 
 @dataclass(frozen=True)
 class Hop:
-    """One step of a chain: ``relation`` of ``subject`` is ``value``, and only the source ``tool`` holds it."""
+    """One step of a chain: ``relation`` of ``subject`` is ``value``, and the source ``tool`` holds it."""
 
     relation: Relation
     subject: str
@@ -62,7 +64,7 @@ class World:
 
     hops: tuple[Hop, ...]
     addend: int | None  # the question asks for the last value plus this
-    facts: dict[str, dict[str, str | int]]  # tool -> subject -> value
+    facts: dict[str, dict[str, str | int]]  # tool -> subject -> value; `Hop.tool` and perhaps a second one hold a fact
     relations: dict[str, Relation]  # tool -> its relation
     busy: frozenset[str]
 
@@ -77,9 +79,13 @@ class Toybox:
     """The environment (`pact.envs.base.Environment`). All shares are probabilities in [0, 1].
 
     Args:
-        train, test: tasks in each split; the splits share no prompt.
+        train, test, validation: tasks in each split; the splits share no prompt.
         hops: smallest and largest number of facts to chain.
-        sources: look-alike tools a relation, exactly one of which holds the fact.
+        sources: look-alike tools a relation, one of which holds the fact.
+        sides: what look-alikes are told apart by: every relation of a task draws ``sources`` of these (of "north",
+            "south", "east", "west", "upper", "lower"). None: the first ``sources`` of them, in every task.
+        second_source: share of facts that a second look-alike holds too, so that there are several ways to the answer
+            of which the trace shows one.
         distractors: tools of relations the question does not need.
         flaky: share of sources that are busy at their first call.
         arithmetic: share of numeric questions that ask for a sum, which takes one more tool.
@@ -95,9 +101,12 @@ class Toybox:
 
     train: int = 2048
     test: int = 512
+    validation: int = 0
     seed: int = 0
     hops: Sequence[int] = (1, 2)
     sources: int = 3
+    sides: Sequence[str] | None = None
+    second_source: float = 0.0
     distractors: int = 2
     flaky: float = 0.05
     arithmetic: float = 0.5
@@ -107,23 +116,28 @@ class Toybox:
     _cache: dict[str, list[Task]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("flaky", "arithmetic", "recovery_share", "trace_share"):
+        for name in ("second_source", "flaky", "arithmetic", "recovery_share", "trace_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"toybox: {name} is a share, set it between 0 and 1, not {getattr(self, name)!r}")
         if len(self.hops) != 2 or not 1 <= self.hops[0] <= self.hops[1] <= 4:
             raise ValueError(f"toybox: hops is (smallest, largest) within 1..4, not {self.hops!r}")
         if not 1 <= self.sources <= len(SIDES):
             raise ValueError(f"toybox: sources must be 1..{len(SIDES)}, not {self.sources!r}")
-        if self.train < 0 or self.test < 0 or not 0 <= self.distractors <= 8:
-            raise ValueError("toybox: train and test must be at least 0 and distractors within 0..8")
+        if self.sides is not None:
+            if isinstance(self.sides, str) or set(self.sides) - set(SIDES) or len(set(self.sides)) < len(self.sides):
+                raise ValueError(f"toybox: sides is a list of different ones of {', '.join(SIDES)}, not {self.sides!r}")
+            if len(self.sides) < self.sources:
+                raise ValueError(f"toybox: {self.sources} sources need as many sides, not {len(self.sides)}")
+        if min(self.train, self.test, self.validation) < 0 or not 0 <= self.distractors <= 8:
+            raise ValueError("toybox: train, test and validation must be at least 0 and distractors within 0..8")
         if self.reward not in ("outcome", "turn"):
             raise ValueError(f"toybox: unknown reward {self.reward!r}: choose outcome or turn")
 
     def tasks(self, split: str) -> Sequence[Task]:
-        """The tasks of ``"train"`` or ``"test"``, made once; task i depends on the seed, the split and i only."""
-        sizes = {"train": self.train, "test": self.test}
+        """The tasks of "train", "validation" or "test", made once; task i depends on the seed, the split and i only."""
+        sizes = {"train": self.train, "validation": self.validation, "test": self.test}
         if split not in sizes:
-            raise ValueError(f"toybox: unknown split {split!r}: choose train or test")
+            raise ValueError(f"toybox: unknown split {split!r}: choose {', '.join(sizes)}")
         if split not in self._cache:
             self._cache[split] = [self._task(split, i) for i in range(sizes[split])]
         return self._cache[split]
@@ -158,22 +172,26 @@ class Toybox:
             chain = self._chain(rng)
             subject = name(rng, chain[0].subject)
             asked = question(chain, subject)
-            if (zlib.crc32(asked.encode()) % TEST_SHARE == 0) == (split == "test"):
+            if self._split(asked) == split:
                 break
         spare = [relation for relation in RELATIONS if relation not in chain]
         relations: dict[str, Relation] = {}
-        sides = SIDES[: self.sources]
         hops, known = [], {subject}
         for relation in chain:
+            sides = SIDES[: self.sources] if self.sides is None else rng.sample(self.sides, self.sources)
             relations |= {f"{relation.base}_{side}": relation for side in sides}
             value = self._value(rng, relation, known)
             hops.append(Hop(relation, subject, value, f"{relation.base}_{rng.choice(sides)}"))
             subject = str(value)
+        sides = SIDES[: self.sources] if self.sides is None else self.sides
         for relation in rng.sample(spare, min(self.distractors, len(spare))):
             relations[f"{relation.base}_{rng.choice(sides)}"] = relation
         facts: dict[str, dict[str, str | int]] = {tool: {} for tool in relations}
         for hop in hops:
             facts[hop.tool][hop.subject] = hop.value
+            others = [tool for tool, relation in relations.items() if relation is hop.relation and tool != hop.tool]
+            if self.second_source and others and rng.random() < self.second_source:
+                facts[rng.choice(others)][hop.subject] = hop.value
         for tool, relation in relations.items():  # distractors do answer, off the chain
             if relation in spare:
                 facts[tool] = {h.subject: self._value(rng, relation, known) for h in hops}
@@ -181,6 +199,10 @@ class Toybox:
         addend = rng.randint(2, 50) if numeric and rng.random() < self.arithmetic else None
         busy = frozenset(tool for tool in relations if rng.random() < self.flaky)
         return World(tuple(hops), addend, facts, relations, busy)
+
+    def _split(self, asked: str) -> str:
+        share = zlib.crc32(asked.encode()) % SHARES
+        return "test" if share == 0 else "validation" if share == 1 and self.validation else "train"
 
     def _chain(self, rng: random.Random) -> list[Relation]:
         """Relations that fit end to end, none twice: every hop has sources of its own."""
@@ -362,7 +384,7 @@ def expert_trace(task: Task, rng: random.Random, recover: int | None) -> list[Me
     for i, hop in enumerate(world.hops):
         arguments = {hop.relation.subject: hop.subject}
         need = f"I need the {hop.relation.name} of {hop.subject}."
-        others = [t for t, r in world.relations.items() if r is hop.relation and t != hop.tool]
+        others = [t for t, r in world.relations.items() if r is hop.relation and hop.subject not in world.facts[t]]
         if i == recover and others:
             for wrong in rng.sample(others, rng.randint(1, len(others))):
                 ask([found, need], wrong, arguments, supervised=False)

@@ -191,7 +191,8 @@ class PactGRPOTrainer(GRPOTrainer):
         _check_prompt(row.get("prompt"))
         tokenizer = self._tokenizer
         _, suffix_ids = render_prompt(row["prompt"][-1:], None, tokenizer)
-        return render_context(expert, tokenizer), render_trace(expert, None, tokenizer), suffix_ids
+        context_ids = render_context(expert, tokenizer, observations=self.pact.context_observations)
+        return context_ids, render_trace(expert, None, tokenizer), suffix_ids
 
     def _fix_branches(self, prompts: Sequence[int], groups: Sequence[Group]) -> None:
         """One branch for all groups of a prompt, in all micro-batches and on all processes."""

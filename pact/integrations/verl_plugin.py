@@ -102,7 +102,7 @@ class PactAgentLoop(AgentLoopBase):
             head,
             suffix,
             output.prompt_ids,
-            context_ids=render_context(expert, self.tokenizer),
+            context_ids=render_context(expert, self.tokenizer, observations=self.pact.context_observations),
             trace=render_trace(expert, tools, self.tokenizer),
             rollouts=[rollout],
         )

@@ -17,7 +17,9 @@ function weight(run, s) {
   const { component, segment, segments } = run.dataset;
   if (component === "reasoning") {
     if (config.reasoning_anneal === "none") return 1;
+    if (config.reasoning_anneal === "off") return 0;
     if (config.reasoning_anneal === "linear") return linear(1, 0, s);
+    // "segment", and "token": there every token is a segment of its own
     return Number(segment) < supervisedSegments(Number(segments), s) ? 1 : 0;
   }
   if (component === "tool_call") return linear(config.tool_call_weight[0], config.tool_call_weight[1], s);

@@ -44,7 +44,7 @@ WEIGHTS = """[...document.querySelectorAll(".seq.trace .run")].map(run => [
     Number(run.dataset.segments), Number(run.dataset.w ?? 0)])"""
 
 
-@pytest.mark.parametrize("anneal", ["segment", "linear", "none"])
+@pytest.mark.parametrize("anneal", ["segment", "token", "linear", "none", "off"])
 def test_the_slider_weighs_as_the_schedules_do(browser, tmp_path, anneal):
     """At every position tried the browser's weights are bit for bit those of pact.schedules and of the objective."""
     expert = trace()
@@ -62,7 +62,8 @@ def test_the_slider_weighs_as_the_schedules_do(browser, tmp_path, anneal):
             expected = {"tool_call": linear(0.9, 0.3, s), "answer": 0.25}.get(component, 0.0)
             if component == "reasoning":
                 kept = float(segment < supervised_segments(segments, s))
-                expected = {"segment": kept, "linear": linear(1.0, 0.0, s), "none": 1.0}[anneal]
+                flat = {"linear": linear(1.0, 0.0, s), "none": 1.0, "off": 0.0}
+                expected = flat.get(anneal, kept)
             assert weight == expected, (s, component, segment)
             assert weight_N[start : start + tokens].tolist() == [expected] * tokens
         told = browser.run('document.getElementById("sum-0").textContent')

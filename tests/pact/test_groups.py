@@ -49,6 +49,7 @@ def test_defaults_are_the_papers():
         ("token_budget", 0),
         ("token_budget", 1.5),
         ("context_length", -1),
+        ("context_observations", "false"),
     ],
 )
 def test_bad_settings_name_their_field(name, value):

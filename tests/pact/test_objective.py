@@ -82,6 +82,8 @@ CASES = {
     "constant": (make_config(loss_norm="constant", norm_length=7), 0.3, True),
     "uneven clip": (make_config(clip_low=0.05, clip_high=0.4), 0.3, True),
     "linear reasoning": (make_config(reasoning_anneal="linear", tool_call_weight=(1.0, 0.0)), 0.3, True),
+    "token reasoning": (make_config(reasoning_anneal="token", tool_call_weight=(1.0, 0.0)), 0.3, True),
+    "no reasoning": (make_config(reasoning_anneal="off", answer_weight=0.5), 0.3, True),
     "answer weight": (make_config(reasoning_anneal="none", answer_weight=0.5), 0.7, True),
     "RL alone": (make_config(sft_coef=0.0), 0.3, True),
     "one branch of two": (make_config(anchor_mode="mixture", anchor_q=1.0), 0.3, True),

@@ -13,6 +13,7 @@ from pact.schedules import (
     reasoning_weights,
     segment_weights,
     supervised_segments,
+    token_segments,
     warmup_cosine,
 )
 
@@ -85,11 +86,35 @@ def test_segment_weights_follow_the_formula(lengths_per_block, progress):
     assert segment_weights(spread(lengths_per_block), progress).tolist() == expected
 
 
+@settings(max_examples=50, deadline=None)
+@given(blocks, st.floats(0, 1))
+def test_token_annealing_follows_the_formula(lengths_per_block, progress):
+    expected = [0.0]
+    for lengths in lengths_per_block:
+        tokens = sum(lengths)
+        kept = math.ceil((1 - progress) * tokens - 1e-9)
+        expected += [1.0] * kept + [0.0] * (tokens - kept) + [0.0]
+    assert reasoning_weights(spread(lengths_per_block), progress, "token").tolist() == expected
+
+
+def test_rounding_keeps_no_token_too_many():
+    """(1 - 0.7) * 10 is 3.0000000000000004 in floating point."""
+    assert reasoning_weights([0] * 5 + [1] * 5, 0.7, "token").sum() == 3
+
+
+def test_tokens_of_blocks_behind_each_other_are_counted_anew():
+    assert token_segments([0, 1, 1, 0, 1, -1, 0]).tolist() == [0, 1, 2, 0, 1, -1, 0]
+    assert token_segments([]).tolist() == []
+
+
 def test_other_ways_to_anneal_reasoning():
     segment = [-1, 0, 1, 1]
     assert reasoning_weights(segment, 0.75, "linear").tolist() == [0, 0.25, 0.25, 0.25]
     assert reasoning_weights(segment, 0.75, "none").tolist() == [0, 1, 1, 1]
     assert reasoning_weights(segment, 0.75, "segment").tolist() == [0, 1, 0, 0]
+    assert reasoning_weights(segment, 0.75, "token").tolist() == [0, 1, 0, 0]
+    assert reasoning_weights(segment, 0.3, "token").tolist() == [0, 1, 1, 1]
+    assert reasoning_weights(segment, 0.0, "off").tolist() == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="reasoning_anneal='cosine'"):
         reasoning_weights(segment, 0.5, "cosine")
 

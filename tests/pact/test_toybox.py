@@ -1,6 +1,7 @@
 """The toybox environment: its tasks, its episodes, its traces and its tokenizer."""
 
 import json
+import zlib
 
 import pytest
 
@@ -94,6 +95,76 @@ def test_recoveries_are_marked_and_as_frequent_as_asked():
     assert not any(m.get("supervised") is False for t in Toybox(recovery_share=0.0).tasks("train") for m in t.expert)
 
 
+def test_the_validation_split_is_taken_from_training():
+    """Asking for one leaves test tasks as they are, and no question is in two splits."""
+    options = {"train": 400, "test": 100, "arithmetic": 0.0}
+    env, without = Toybox(validation=100, **options), Toybox(**options)
+    asked = {s: {t.messages[0]["content"] for t in env.tasks(s)} for s in ("train", "validation", "test")}
+    assert len(env.tasks("validation")) == 100
+    assert not asked["train"] & asked["validation"]
+    assert not asked["validation"] & asked["test"]
+    assert not asked["train"] & asked["test"]
+    assert [t.messages for t in env.tasks("test")] == [t.messages for t in without.tasks("test")]
+    assert without.tasks("validation") == []
+    assert {zlib.crc32(t.messages[0]["content"].encode()) % 5 for t in without.tasks("train")} == {1, 2, 3, 4}
+
+
+def sides_of(task):
+    return {name.split("_")[1] for name in task.data.relations}
+
+
+def test_sides_are_drawn_anew_for_every_relation():
+    env = Toybox(train=200, test=50, sides=["north", "south", "east", "west"], sources=2, distractors=2)
+    drawn = []
+    for task in env.tasks("train"):
+        for hop in task.data.hops:
+            alike = [tool for tool, relation in task.data.relations.items() if relation is hop.relation]
+            assert len(alike) == 2
+            assert hop.tool in alike
+            drawn.append(frozenset(tool.split("_")[1] for tool in alike))
+    assert len(set(drawn)) == 6  # every pair
+    assert set().union(*map(sides_of, env.tasks("train"))) == {"north", "south", "east", "west"}
+    unseen = Toybox(test=50, sides=["upper", "lower", "west"]).tasks("test")
+    assert set().union(*map(sides_of, unseen)) == {"upper", "lower", "west"}
+
+
+def test_a_second_source_answers_too():
+    env = Toybox(train=1000, hops=(1, 1), second_source=0.5, flaky=0.0, arithmetic=0.0, recovery_share=1.0)
+    twice = 0
+    for task in env.tasks("train"):
+        [hop] = task.data.hops
+        alike = [tool for tool, relation in task.data.relations.items() if relation is hop.relation]
+        holders = [tool for tool in alike if task.data.facts[tool].get(hop.subject) == hop.value]
+        assert hop.tool in holders
+        twice += len(holders) == 2
+        failed = calls([m for m in task.expert if m.get("supervised") is False])
+        assert failed
+        assert not {call["name"] for call in failed} & set(holders)
+        for tool in holders:  # each is a way to full marks
+            episode = env.start(task)
+            observation = episode.call(tool, {hop.relation.subject: hop.subject})
+            done = [{"role": "assistant", "content": ""}, {"role": "tool", "content": observation}]
+            score = episode.score([*done, {"role": "assistant", "content": task.data.answer}])
+            assert (score.reward, score.turn_rewards) == (1.0, [0.5, 0.5])
+    assert 0.42 < twice / 1000 < 0.58
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sides": ["north", "down", "west"]}, "different ones of north, south"),
+        ({"sides": ["north", "north", "west"]}, "different ones of north, south"),
+        ({"sides": "north"}, "different ones of north, south"),
+        ({"sides": ["north", "west"]}, "3 sources need as many sides, not 2"),
+        ({"second_source": 1.5}, "second_source is a share"),
+        ({"validation": -1}, "train, test and validation must be at least 0"),
+    ],
+)
+def test_options_that_cannot_be(options, says):
+    with pytest.raises(ValueError, match=says):
+        Toybox(**options)
+
+
 def test_trace_share():
     tasks = Toybox(train=1000, trace_share=0.4).tasks("train")
     assert 0.34 < sum(t.expert is not None for t in tasks) / 1000 < 0.46
@@ -157,7 +228,7 @@ def test_bad_settings(options):
 def test_unknown_environment_and_split(env):
     with pytest.raises(ValueError, match="unknown environment 'toolbox': choose one of"):
         make("toolbox")
-    with pytest.raises(ValueError, match="unknown split 'dev': choose train or test"):
+    with pytest.raises(ValueError, match="unknown split 'dev': choose train, validation, test"):
         env.tasks("dev")
 
 

@@ -271,6 +271,15 @@ def test_prompt_keeps_tools_system_and_earlier_reasoning(layout):
 
 
 @every_layout
+def test_context_without_observations_lacks_the_results_alone(layout):
+    tokenizer = TOKENIZERS[layout]
+    whole = tokenizer.decode(render_context(TRACE, tokenizer)).split("\n")
+    part = tokenizer.decode(render_context(TRACE, tokenizer, observations=False)).split("\n")
+    assert part == [line for line in whole if not line.startswith("result: ")]
+    assert len(part) < len(whole)
+
+
+@every_layout
 def test_context_is_the_trace_as_text(layout):
     tokenizer = TOKENIZERS[layout]
     failed = [

@@ -181,7 +181,7 @@ def test_shipped_configurations_parse(path):
         (["--env_options.trian", "3"], "trian"),
         (["--env_options", "{"], "env_options is not JSON"),
         (["--env_options.hops", "[1,2"], "is not a YAML value"),
-        (["--env_options.hops", "3"], "its options are train, test, seed, hops"),
+        (["--env_options.hops", "3"], "its options are train, test, validation, seed, hops"),
         (["--model", "./nowhere"], "no model folder ./nowhere"),
         (["--overlong_prompts", "cut"], "invalid choice"),
         (["--output_dir", "elsewhere"], "set run_name instead"),

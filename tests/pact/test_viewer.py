@@ -62,17 +62,17 @@ def test_two_blocks_of_reasoning_behind_each_other_are_told_apart(tokenizer):
     assert [(run.segment, run.segments) for run in runs] == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
 
 
-@pytest.mark.parametrize("anneal", ["segment", "linear", "none"])
+@pytest.mark.parametrize("anneal", ["segment", "token", "linear", "none", "off"])
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1 / 3, 0.5, 0.999, 1.0])
 def test_weights_are_those_of_the_schedules(tokenizer, anneal, progress):
     config = PactConfig(tool_call_weight=(0.9, 0.3), answer_weight=0.25, reasoning_anneal=anneal, sft_coef=0.0)
     view = view_task(task(), tokenizer)
     weight_N = supervised_weights(view.trace, config, progress)
-    for run in runs_of(view.trace, tokenizer):
+    for run in runs_of(view.trace, tokenizer, by_token=anneal == "token"):
         expected = {Component.TOOL_CALL: linear(0.9, 0.3, progress), Component.ANSWER: 0.25}.get(run.component, 0.0)
         if run.component == Component.REASONING:
             kept = float(run.segment < supervised_segments(run.segments, progress))
-            expected = {"segment": kept, "linear": 1.0 - progress, "none": 1.0}[anneal]
+            expected = {"segment": kept, "token": kept, "linear": 1.0 - progress, "none": 1.0, "off": 0.0}[anneal]
         assert weight_N[run.start : run.start + len(run.ids)].tolist() == [expected] * len(run.ids)
 
 
