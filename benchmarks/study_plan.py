@@ -86,7 +86,7 @@ class Study:
         return Job("warm_start", "warm_start", warm["seed"], {}, settings, self._evaluation("warm_start"), None)
 
     def jobs(self, stage: str, records: Mapping[str, Record]) -> list[Job]:
-        """All jobs of ``stage``. ``records``: by key. Raises `Unfinished` where an earlier stage has to choose first."""
+        """All jobs of ``stage``; ``records``: by key. Raises `Unfinished` where earlier stages have to choose first."""
         if stage == "warm_start":
             return [self.warm_start()]
         if stage in TUNING:

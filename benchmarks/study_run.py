@@ -70,7 +70,7 @@ def episodes(
 def evaluated(model: Path, job: Job) -> dict[str, Any]:
     """What each split of ``job.evaluation`` gives: its mean success, and the successes of every task in order.
 
-    ``hits``: one hexadecimal digit string, a bit a task (first task highest), or with several rollouts a list of counts.
+    ``hits``: hexadecimal digits, a bit a task (first task highest), or with several rollouts a list of counts.
     """
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(model))
     engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(model), max_batch=128)
