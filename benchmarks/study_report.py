@@ -1,0 +1,307 @@
+"""Tables and plots of the study, from the records in results/study/ alone. It runs nothing.
+
+python benchmarks/study_report.py [--check]
+
+writes the plots results/study/*.png and the tables between the marks of STUDY.md and README.md; --check writes nothing and
+fails where a table is not what the records give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import RESULTS
+from numpy.typing import NDArray
+from study_plan import STAGES, TUNING, Record, Study, Unfinished, load_records, settled
+from study_run import unpack
+
+HERE = Path(__file__).resolve().parent
+RECORDS = RESULTS / "study"
+PAGES = (HERE / "STUDY.md", HERE.parent / "README.md")
+RESAMPLES = 10_000
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The finished runs of one arm or ablation, seeds in rising order."""
+
+    name: str
+    label: str
+    runs: list[Record]
+
+    def hits(self, split: str) -> Array:
+        """Successes [seeds, tasks] on ``split``: the same tasks in every arm."""
+        return np.array([unpack(run["final"][split]["hits"], run["final"][split]["tasks"]) for run in self.runs])
+
+    def has(self, split: str) -> bool:
+        return bool(self.runs) and all(split in run["final"] for run in self.runs)
+
+
+def bootstrap(hits: Sequence[Array], statistic: Callable[..., Array], seed: int = 0) -> Array:
+    """``statistic`` of the mean success of every arm in ``hits`` [seeds, tasks], resampled: tasks once for all arms
+    (they are the same), seeds of each arm on their own. Returns [RESAMPLES]."""
+    rng = np.random.default_rng(seed)
+    tasks = min(one.shape[1] for one in hits)
+    weight_RT = rng.multinomial(tasks, [1 / tasks] * tasks, RESAMPLES) / tasks
+    means = []
+    for one in hits:
+        seeds = len(one)
+        weight_RS = rng.multinomial(seeds, [1 / seeds] * seeds, RESAMPLES) / seeds
+        means.append(np.einsum("rs,rs->r", weight_RS, weight_RT @ one.T))
+    return statistic(*means)
+
+
+def interval(resampled: Array) -> tuple[float, float]:
+    """The 95% percentile interval."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def p_value(resampled: Array) -> float:
+    """Two-sided: twice the share of resampled differences on the other side of 0; at least 1 / RESAMPLES."""
+    share = min(np.mean(resampled <= 0), np.mean(resampled >= 0))
+    return float(min(1.0, max(2 * share, 1 / RESAMPLES)))
+
+
+def estimate(arm: Arm, split: str) -> str:
+    hits = arm.hits(split)
+    low, high = interval(bootstrap([hits], lambda mean: mean))
+    return f"{hits.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def difference(one: Arm, other: Arm, split: str) -> tuple[float, float, float, float]:
+    """Mean of ``one`` minus ``other`` on the same tasks, its 95% interval, and p."""
+    pair = [one.hits(split), other.hits(split)]
+    resampled = bootstrap(pair, lambda a, b: a - b)
+    return float(pair[0].mean() - pair[1].mean()), *interval(resampled), p_value(resampled)
+
+
+def reliance(arm: Arm) -> str:
+    """Success with the trace in the prompt minus without, on the tasks of the former."""
+    given = arm.hits("with_trace")
+    alone = arm.hits("test")[:, : given.shape[1]]
+    low, high = interval(bootstrap([given, alone], lambda a, b: a - b))
+    return f"{given.mean() - alone.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def arms_of(study: Study, records: Mapping[str, Record], stage: str) -> list[Arm]:
+    """Arms (or ablations) in the order of the YAML, with the runs that are there."""
+    try:
+        jobs = study.jobs(stage, records)
+    except Unfinished:
+        return []
+    names = study.arms if stage == "arms" else study.ablations
+    found = []
+    for name, entry in names.items():
+        runs = [records[job.key] for job in jobs if job.arm == name and job.key in records]
+        if runs:
+            found.append(Arm(name, entry["label"], sorted(runs, key=lambda run: run["seed"])))
+    return found
+
+
+def warm_table(study: Study, records: Mapping[str, Record]) -> str:
+    """What the warm start can do."""
+    record = records.get(study.warm_start().key)
+    if record is None:
+        return "not run yet\n"
+    final = record["final"]
+    counts = np.array(final["groups"]["hits"])
+    n = final["groups"]["rollouts"]
+    return table(
+        ["warm start", "value"],
+        [
+            ["success, validation, sampled", f"{final['validation']['success']:.3f}"],
+            ["success with the trace in the prompt, the same tasks", f"{final['with_trace']['success']:.3f}"],
+            [f"pass@{n} on {len(counts)} validation tasks", f"{np.mean(counts > 0):.3f}"],
+            [f"groups of {n} with both outcomes", f"{np.mean((counts > 0) & (counts < n)):.3f}"],
+        ],
+    )
+
+
+def tuning_table(study: Study, records: Mapping[str, Record]) -> str:
+    """Mean of the last two validation points for every value tried; the chosen one in bold."""
+    rows = []
+    for stage in TUNING:
+        for name, arm in study.arms.items():
+            if stage not in arm["tune"]:
+                continue
+            values = study.config["tuning"][stage]
+            try:
+                jobs = [job for job in study.jobs(stage, records) if job.arm == name]
+                chosen = study.chosen(name, records)[stage]
+            except Unfinished:
+                continue
+            cells = [f"{settled(records[job.key]):.3f}" for job in jobs]
+            marked = [f"**{cell}**" if value == chosen else cell for value, cell in zip(values, cells, strict=True)]
+            shown = ", ".join(f"{value:g}: {cell}" for value, cell in zip(values, marked, strict=True))
+            rows.append([arm["label"], stage, shown])
+    return table(["arm", "tuned", "value: validation"], rows)
+
+
+def final_table(study: Study, records: Mapping[str, Record]) -> str:
+    """Every arm on the test splits, and its difference from the arm that is ablated (PACT)."""
+    arms = arms_of(study, records, "arms")
+    ours = next((arm for arm in arms if arm.name == study.config["ablated"]), None)
+    rows = []
+    for arm in arms:
+        against = "" if ours is None or arm is ours else _against(ours, arm)
+        rows.append(
+            [
+                arm.label,
+                str(len(arm.runs)),
+                estimate(arm, "test"),
+                against,
+                estimate(arm, "unseen"),
+                reliance(arm),
+            ]
+        )
+    return table(["arm", "seeds", "test", "PACT minus it, p", "unseen", "reliance on the trace"], rows)
+
+
+def _against(ours: Arm, arm: Arm) -> str:
+    mean, low, high, p = difference(ours, arm, "test")
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], p {p:.4f}"
+
+
+def ablation_table(study: Study, records: Mapping[str, Record]) -> str:
+    """Every ablation beside the whole method with the same seeds."""
+    arms = arms_of(study, records, "arms")
+    ours = next((arm for arm in arms if arm.name == study.config["ablated"]), None)
+    rows = []
+    for arm in arms_of(study, records, "ablations"):
+        same = None
+        if ours is not None:
+            seeds = {run["seed"] for run in arm.runs}
+            same = Arm(ours.name, ours.label, [run for run in ours.runs if run["seed"] in seeds])
+        against = "" if same is None or not same.runs else _against(same, arm)
+        rows.append([arm.label, str(len(arm.runs)), estimate(arm, "test"), against, reliance(arm)])
+    return table(["PACT with", "seeds", "test", "PACT minus it, p", "reliance on the trace"], rows)
+
+
+def cost_table(study: Study, records: Mapping[str, Record]) -> str:
+    rows = []
+    for arm in arms_of(study, records, "arms"):
+        costs = [run["cost"] for run in arm.runs]
+
+        def mean(name: str, costs: list[dict[str, float]] = costs) -> float:
+            return float(np.mean([cost[name] for cost in costs]))
+
+        saved = mean("dense_tokens") / mean("trained_tokens")
+        rows.append(
+            [
+                arm.label,
+                f"{mean('sampled_tokens') / 1e3:,.0f}",
+                f"{mean('trained_tokens') / 1e3:,.0f}",
+                f"{saved:.2f}",
+                f"{mean('seconds_generate'):,.0f}",
+                f"{mean('seconds_train'):,.0f}",
+                f"{mean('seconds_run'):,.0f}",
+            ]
+        )
+    head = ["arm", "sampled, 1,000 tokens", "computed", "dense/computed", "s sampling", "s training", "s whole run"]
+    return table(head, rows)
+
+
+TABLES: dict[str, Callable[[Study, Mapping[str, Record]], str]] = {
+    "warm": warm_table,
+    "tuning": tuning_table,
+    "final": final_table,
+    "ablations": ablation_table,
+    "cost": cost_table,
+}
+
+
+def filled(text: str, study: Study, records: Mapping[str, Record]) -> str:
+    """``text`` with what is between ``<!-- study:NAME -->`` and ``<!-- end -->`` made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]](study, records)}{match[3]}"
+
+    return re.sub(r"(<!-- study:(\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+
+
+# -- plots -----------------------------------------------------------------------------------------------------------
+
+
+def draw(study: Study, records: Mapping[str, Record], folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    arms = arms_of(study, records, "arms")
+    panels = {
+        "curves": ("success on validation tasks", validation_points),
+        "gap": ("latent-trace gap, nats a rollout", lambda run: points(run, "gap")),
+        "entropy": ("entropy on the prompt-only branch, nats a token", lambda run: points(run, "entropy")),
+    }
+    for name, (title, source) in panels.items():
+        figure = Figure(figsize=(7, 4.2))
+        axes = figure.subplots()
+        for arm in arms:
+            curve(axes, arm, source)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel(title)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+
+
+def validation_points(run: Record) -> list[tuple[float, float]]:
+    return list(zip(run["curve"]["step"], run["curve"]["validation"], strict=True))
+
+
+def points(run: Record, name: str) -> list[tuple[float, float]]:
+    return [(step, value) for step, value in run["curve"].get(name, [])]
+
+
+def curve(axes: Any, arm: Arm, source: Callable[[Record], list[tuple[float, float]]]) -> None:
+    """Mean over seeds, and the 95% t interval of that mean."""
+    runs = [dict(source(run)) for run in arm.runs]
+    steps = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
+    if not steps:
+        return
+    value_ST = np.array([[run[step] for step in steps] for run in runs])
+    mean_T = value_ST.mean(axis=0)
+    [line] = axes.plot(steps, mean_T, label=f"{arm.label} ({len(runs)} seeds)")
+    if len(runs) > 1:
+        from scipy.stats import t
+
+        half_T = t.ppf(0.975, len(runs) - 1) * value_ST.std(axis=0, ddof=1) / np.sqrt(len(runs))
+        axes.fill_between(steps, mean_T - half_T, mean_T + half_T, color=line.get_color(), alpha=0.15)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail where a page is not up to date")
+    options = parser.parse_args(argv)
+    study = Study.load(HERE / "study.yaml")
+    records = load_records(RECORDS / f"{stage}.jsonl" for stage in STAGES if (RECORDS / f"{stage}.jsonl").is_file())
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text, study, records)
+        if new != text:
+            stale.append(page.name)
+            if not options.check:
+                page.write_text(new, encoding="utf-8")
+    if options.check:
+        print(f"not up to date: {', '.join(stale)}" if stale else "up to date")
+        return int(bool(stale))
+    draw(study, records, RECORDS)
+    print(f"{len(records)} records, pages written: {', '.join(stale) or 'none, they were up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
