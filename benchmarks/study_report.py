@@ -2,8 +2,8 @@
 
 python benchmarks/study_report.py [--check]
 
-writes the plots results/study/*.png and the tables between the marks of STUDY.md and README.md; --check writes nothing and
-fails where a table is not what the records give.
+writes the plots results/study/*.png and the tables between the marks of STUDY.md and README.md; --check writes nothing
+and fails where a table is not what the records give.
 """
 
 from __future__ import annotations

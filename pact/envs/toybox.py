@@ -177,6 +177,7 @@ class Toybox:
         spare = [relation for relation in RELATIONS if relation not in chain]
         relations: dict[str, Relation] = {}
         hops, known = [], {subject}
+        sides: Sequence[str]
         for relation in chain:
             sides = SIDES[: self.sources] if self.sides is None else rng.sample(self.sides, self.sources)
             relations |= {f"{relation.base}_{side}": relation for side in sides}
