@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup train test sweep lint bench bfcl-gold gpu vllm kill verl zero3
+.PHONY: setup train test sweep lint bench bfcl-gold gpu vllm kill verl zero3 study study-report
 setup: $(READY)
 	@command -v bwrap >/dev/null || echo "note: bubblewrap is not installed; the environments ftrl, toolhop and bfcl need it (Debian: apt-get install bubblewrap)"
 
@@ -83,6 +83,18 @@ $(VLLM)/.ready: pyproject.toml tests/real_vllm/requirements.py
 
 vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/real_vllm/real_vllm.py
+
+# The comparison of benchmarks/STUDY.md: it goes on where it stopped. `make study FRESH=1` forgets what is on record first.
+# Hours on two cores: `python benchmarks/study.py --plan` tells.
+study: setup
+ifdef FRESH
+	rm -rf runs/study benchmarks/results/study/*.jsonl
+endif
+	$(PYTHON) benchmarks/study.py
+	$(PYTHON) benchmarks/study_report.py
+
+study-report: setup
+	$(PYTHON) benchmarks/study_report.py
 
 # Runs killed at fifteen delicate and twenty random moments end like the one that was not. Three minutes.
 kill: setup
