@@ -1,0 +1,136 @@
+"""How the gradients of the objective's terms lie to each other, at the warm start of the study. It trains nothing.
+
+python benchmarks/study_gradients.py [--prompts 64] [--rollouts 24] [--model runs/study/runs/WARM/model]
+
+Rollouts of the same prompts give one gradient a term. The prompts are split in two halves: the cosine of a term between
+the halves says how much of it is noise; the cosine between two terms, over other halves and divided by the root of both
+of those, estimates what it would be without noise (Spearman's correction for attenuation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import RESULTS, machine
+from study import CONFIG, WORK
+from study_plan import Study
+from study_run import RUNS, episodes, weights_hash
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pact.engines.transformers import TransformersEngine
+from pact.envs import make
+from pact.modeling import attach_tree_attention
+from pact.objective import Group, PactConfig, PactObjective
+from pact.samples import Estimator, rl_group
+from pact.trace import prepare_tokenizer
+
+AT_ONCE = 4  # groups a backward
+PROGRESS = 0.0
+PLAIN = PactConfig(anchor_q=1.0, sft_coef=0.0, kl_coef=0.0, entropy_coef=0.0)
+TRACE = replace(PLAIN, anchor_q=0.0)
+TRUE = "prompt-only, outcome"  # the policy gradient of success itself
+TERMS: dict[str, tuple[str | None, PactConfig]] = {  # advantage (None: no rollouts) and objective
+    TRUE: ("grpo", PLAIN),
+    "prompt-only, turn-level": ("turn_level", PLAIN),
+    "trace-conditioned, outcome": ("grpo", TRACE),
+    "trace-conditioned, turn-level": ("turn_level", TRACE),
+    "trace-conditioned against behavior, outcome": ("grpo", replace(TRACE, ratio_reference="behavior")),
+    "trace-conditioned against behavior, turn-level": ("turn_level", replace(TRACE, ratio_reference="behavior")),
+    "component-aware SFT": (None, replace(PLAIN, sft_coef=1.0)),
+}
+
+
+def gradient(model: torch.nn.Module, groups: Sequence[Group], config: PactConfig) -> Tensor:
+    """Of the whole objective over ``groups``, flat."""
+    objective = PactObjective(config)
+    denominators = objective.denominators(groups)
+    model.zero_grad()
+    for start in range(0, len(groups), AT_ONCE):
+        some = groups[start : start + AT_ONCE]
+        if config.ratio_reference == "behavior":
+            objective.attach_logprobs(model, some, field="old_logp")
+        for batch in objective.build(some, PROGRESS, denominators=denominators):
+            objective.loss(model, batch).loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a, b) / (a.norm() * b.norm()))
+
+
+def compare(halves: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
+    """Of every term: norm, cosine between its halves, cosine with the true gradient without noise, and the first-order
+    gain in it (the projection on it, of which the true gradient's own is 1)."""
+    one, other = halves[TRUE]
+    own = {name: cosine(*pair) for name, pair in halves.items()}
+    found = {}
+    for name, (a, b) in halves.items():
+        across = (cosine(a, other) + cosine(b, one)) / 2
+        reliable = own[name] > 0 and own[TRUE] > 0
+        found[name] = {
+            "norm": float((a.norm() + b.norm()) / 2),
+            "halves": own[name],
+            "cosine": across / (own[name] * own[TRUE]) ** 0.5 if reliable else float("nan"),
+            "gain": float(torch.dot(a, other) + torch.dot(b, one)) / 2 / float(torch.dot(one, other)),
+        }
+    return found
+
+
+def measure(model_path: Path, study: Study, prompts: int, rollouts: int, seed: int = 0) -> dict[str, Any]:
+    settings = study.warm_start().settings
+    env = make(settings["env"], **settings["env_options"])
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(model_path))
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    attach_tree_attention(model)
+    tasks = list(env.tasks("train")[-prompts:])
+    played = episodes(TransformersEngine(model, max_batch=256), env, tasks, tokenizer, settings, rollouts, seed)
+    halves = {}
+    for name, (advantage, config) in TERMS.items():
+        pair = []
+        for half in (0, 1):
+            groups = []
+            for task, attempts in list(zip(tasks, played, strict=True))[half::2]:
+                group = rl_group(task, attempts, tokenizer, Estimator(advantage or "grpo"), config)
+                groups.append(replace(group, rollouts=[]) if advantage is None else group)
+            pair.append(gradient(model, groups, config))
+        halves[name] = (pair[0], pair[1])
+        print(f"{name}: norm {pair[0].norm():.4f}, cosine of halves {cosine(*pair):.3f}", flush=True)
+    wins = [episode.score.metrics["success"] for attempts in played for episode in attempts]
+    return {
+        "weights": weights_hash(model_path),
+        "prompts": prompts,
+        "rollouts": rollouts,
+        "success": sum(wins) / len(wins),
+        "terms": compare(halves),
+        "machine": machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--rollouts", type=int, default=24)
+    parser.add_argument("--model", type=Path, default=None, help="default: the warm start of the study")
+    parser.add_argument("--output", type=Path, default=RESULTS / "study" / "gradients.json")
+    options = parser.parse_args()
+    study = Study.load(CONFIG)
+    torch.manual_seed(0)
+    model = options.model or WORK / RUNS / study.warm_start().name / "model"
+    if not model.is_dir():
+        parser.error(f"no model folder {model}: run benchmarks/study.py first, or give --model")
+    found = measure(model, study, options.prompts, options.rollouts)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(found, indent=2) + "\n")
+    for name, term in found["terms"].items():
+        print(f"{name:48} " + "  ".join(f"{key} {value:+.3f}" for key, value in term.items()))
+
+
+if __name__ == "__main__":
+    main()
