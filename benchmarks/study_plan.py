@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 STAGES = ("warm_start", "learning_rate", "sft_coef", "arms", "ablations")
 TUNING = ("learning_rate", "sft_coef")  # stages that tune the setting of their name
@@ -158,3 +160,21 @@ def load_records(paths: Iterable[Path]) -> dict[str, Record]:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number} is no record ({error}): take that line out") from None
     return records
+
+
+def pack(success: NDArray[np.float64]) -> str:
+    """Zeros and ones as hexadecimal digits, the first one highest, zeros added at the end.
+
+    >>> pack(np.array([1, 0, 0, 1, 1.0]))
+    '98'
+    """
+    return np.packbits(success.astype(bool)).tobytes().hex()
+
+
+def unpack(hits: str, count: int) -> NDArray[np.float64]:
+    """The inverse of `pack`.
+
+    >>> unpack("98", 5)
+    array([1., 0., 0., 1., 1.])
+    """
+    return np.unpackbits(np.frombuffer(bytes.fromhex(hits), dtype=np.uint8))[:count].astype(float)

@@ -9,6 +9,7 @@ and fails where a table is not what the records give.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,7 @@ from typing import Any
 import numpy as np
 from measure import RESULTS
 from numpy.typing import NDArray
-from study_plan import STAGES, TUNING, Record, Study, Unfinished, load_records, settled
-from study_run import unpack
+from study_plan import STAGES, TUNING, Record, Study, Unfinished, load_records, settled, unpack
 
 HERE = Path(__file__).resolve().parent
 RECORDS = RESULTS / "study"
@@ -110,6 +110,22 @@ def arms_of(study: Study, records: Mapping[str, Record], stage: str) -> list[Arm
         if runs:
             found.append(Arm(name, entry["label"], sorted(runs, key=lambda run: run["seed"])))
     return found
+
+
+def progress_table(study: Study, records: Mapping[str, Record]) -> str:
+    """Runs on record and their time, stage by stage."""
+    rows = []
+    for stage in STAGES:
+        runs = [record for record in records.values() if record["stage"] == stage]
+        try:
+            jobs = study.jobs(stage, records)
+            done = [records[job.key] for job in jobs if job.key in records]
+            of = str(len(jobs))
+        except Unfinished:
+            done, of = runs, "waits for tuning"
+        hours = sum(run["cost"]["seconds"] for run in done) / 3600
+        rows.append([stage, str(len(done)), of, f"{hours:.1f}"])
+    return table(["stage", "runs on record", "of", "core-hours"], rows)
 
 
 def warm_table(study: Study, records: Mapping[str, Record]) -> str:
@@ -215,12 +231,27 @@ def cost_table(study: Study, records: Mapping[str, Record]) -> str:
     return table(head, rows)
 
 
+def gradient_table(study: Study, records: Mapping[str, Record]) -> str:
+    """What study_gradients.py recorded."""
+    path = RECORDS / "gradients.json"
+    if not path.is_file():
+        return "not run yet\n"
+    terms = json.loads(path.read_text(encoding="utf-8"))["terms"]
+    rows = [
+        [name, *(f"{term[key]:.3f}" for key in ("norm", "halves", "cosine", "gain"))] for name, term in terms.items()
+    ]
+    head = ["term", "norm", "cosine of halves", "cosine with the true gradient, without noise", "first-order gain"]
+    return table(head, rows)
+
+
 TABLES: dict[str, Callable[[Study, Mapping[str, Record]], str]] = {
+    "progress": progress_table,
     "warm": warm_table,
     "tuning": tuning_table,
     "final": final_table,
     "ablations": ablation_table,
     "cost": cost_table,
+    "gradients": gradient_table,
 }
 
 
@@ -240,6 +271,8 @@ def draw(study: Study, records: Mapping[str, Record], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     arms = arms_of(study, records, "arms")
+    if not arms:
+        return
     panels = {
         "curves": ("success on validation tasks", validation_points),
         "gap": ("latent-trace gap, nats a rollout", lambda run: points(run, "gap")),

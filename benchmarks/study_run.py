@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 from measure import machine
-from study_plan import Job
+from study_plan import Job, pack
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from pact import train
@@ -94,24 +94,6 @@ def evaluated(model: Path, job: Job) -> dict[str, Any]:
             "hits": pack(success[:, 0]) if n == 1 else success.sum(axis=1).astype(int).tolist(),
         }
     return found
-
-
-def pack(success: np.ndarray) -> str:
-    """Zeros and ones as hexadecimal digits, the first one highest, zeros added at the end.
-
-    >>> pack(np.array([1, 0, 0, 1, 1.0]))
-    '98'
-    """
-    return np.packbits(success.astype(bool)).tobytes().hex()
-
-
-def unpack(hits: str, count: int) -> np.ndarray:
-    """The inverse of `pack`.
-
-    >>> unpack("98", 5)
-    array([1., 0., 0., 1., 1.])
-    """
-    return np.unpackbits(np.frombuffer(bytes.fromhex(hits), dtype=np.uint8))[:count].astype(float)
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,8 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import study as runner_module  # noqa: E402
 import study_report  # noqa: E402
-from study_plan import STAGES, Study, Unfinished, load_records  # noqa: E402
-from study_run import pack, unpack  # noqa: E402
+from study_plan import STAGES, Study, Unfinished, load_records, pack, unpack  # noqa: E402
 
 CONFIG = {
     "settings": {"env": "toybox", "env_options": {"train": 8, "validation": 4, "test": 4}, "max_steps": 2},
