@@ -69,9 +69,11 @@ class TaskView:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens of one component and, in reasoning, of one segment: all of them have one weight.
+    """Neighbouring tokens of one component and, in reasoning, of one segment.
 
+    All of them have one weight, but for ``reasoning_anneal="token"``, which may end within a run (`parts_of`).
     ``segment`` of ``segments`` in its block of reasoning; -1 of 0 elsewhere. ``start``: place of the first token.
+    ``before``: tokens of its block of reasoning that stand before it, of ``block`` in all.
     """
 
     component: Component
@@ -80,6 +82,8 @@ class Run:
     start: int
     ids: list[int]
     texts: list[str]
+    before: int = 0
+    block: int = 0
 
     @property
     def text(self) -> str:
@@ -253,13 +257,30 @@ def runs_of(tokens: TokenizedTrace, tokenizer: PreTrainedTokenizerBase) -> list[
         Run(Component(component_N[a]), int(segment_N[a]), 0, a, list(tokens.ids[a:b]), texts[a:b])
         for a, b in pairwise(bounds)
     ]
-    segments = 0  # of the block, known at its last run
-    for place in range(len(runs) - 1, -1, -1):
-        run = runs[place]
-        follows = place + 1 < len(runs) and runs[place + 1].segment > run.segment >= 0
-        segments = segments if follows else run.segment + 1
-        runs[place] = replace(run, segments=segments)
-    return runs
+    blocks: list[list[Run]] = []
+    for run in runs:
+        if blocks and run.segment > blocks[-1][-1].segment >= 0:
+            blocks[-1].append(run)
+        else:
+            blocks.append([run])
+    return [run for block in blocks for run in _with_block(block)]
+
+
+def _with_block(runs: Sequence[Run]) -> Iterator[Run]:
+    """The runs of one block of reasoning, or one run of anything else, with what the block holds."""
+    first, segments = runs[0].start, runs[-1].segment + 1
+    tokens = sum(len(run.ids) for run in runs) if segments else 0
+    for run in runs:
+        yield replace(run, segments=segments, before=run.start - first, block=tokens)
+
+
+def parts_of(run: Run, weight_N: NDArray[np.float64]) -> Iterator[tuple[Run, float]]:
+    """``run`` cut where the weight of its tokens changes, with those weights; ``weight_N``: of the whole trace."""
+    weights = weight_N[run.start : run.start + len(run.ids)]
+    bounds = [0, *(np.flatnonzero(weights[1:] != weights[:-1]) + 1).tolist(), len(run.ids)]
+    for a, b in pairwise(bounds):
+        part = replace(run, start=run.start + a, ids=run.ids[a:b], texts=run.texts[a:b], before=run.before + a)
+        yield part, float(weights[a])
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
