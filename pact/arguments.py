@@ -417,6 +417,8 @@ def as_arguments(key: str, value: Any) -> list[str]:
     """One YAML entry as command-line text, so that argparse checks and converts files and flags alike."""
     if value is None:
         return []
+    if key == "reasoning_anneal" and value is False:
+        value = "off"  # YAML 1.1 reads a bare off as false
     if isinstance(value, dict):
         value = json.dumps(value)
     if isinstance(value, list):

@@ -43,8 +43,9 @@ class PactConfig:
             ``mu_warmup`` of training and falls to the valley over the share ``mu_decay`` (`schedules.warmup_cosine`).
         sft_token_weight: "phi": a supervised token also weighs p (1 - p), p its present probability, without gradient
             (CHORD-phi): neither what the policy knows nor what it finds absurd pulls hard. "none": 1.
-        reasoning_anneal: "segment" (supervised prefix of segments shrinks), "token" (prefix of tokens), "linear"
-            (all reasoning tokens weigh 1 - s), "none" (weight 1 throughout) or "off" (weight 0 throughout).
+        reasoning_anneal: which reasoning tokens weigh 1 at progress s: "segment": those of the first
+            ceil((1 - s) n - 1e-9) of the n segments of each block; "token": that many of its n tokens; "none": all;
+            "off": none. "linear": all weigh 1 - s. Z_sft counts all of them whichever is chosen.
         tool_call_weight: weight of tool-call tokens at progress 0 and 1, linear between.
         answer_weight: weight of the answer and other assistant prose. When it is above 0, those tokens also count in
             Z_sft, so that the supervised term stays a mean.

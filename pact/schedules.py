@@ -44,9 +44,10 @@ def warmup_cosine(progress: float, warmup: float, decay: float, peak: float, val
 
 
 def supervised_segments(n: int, progress: float) -> int:
-    """How many of a reasoning block's `n` segments are still supervised: ceil((1 - s) n - 1e-9), all at 0, none at 1.
+    """How many of a reasoning block's `n` segments (or tokens) are still supervised: ceil((1 - s) n - 1e-9).
 
-    The 1e-9 keeps rounding from adding a segment: (1 - 0.7) * 10 is 3.0000000000000004 in floating point.
+    All at 0, none at 1. The 1e-9 keeps rounding from adding one more: (1 - 0.7) * 10 is 3.0000000000000004 in floating
+    point.
 
     >>> [supervised_segments(3, progress) for progress in (0.0, 0.25, 0.5, 1.0)]
     [3, 3, 2, 0]
@@ -54,46 +55,51 @@ def supervised_segments(n: int, progress: float) -> int:
     return max(0, math.ceil((1.0 - progress) * n - 1e-9))
 
 
-def _block_starts(segment_n: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Where a reasoning block begins: a block is a run of non-negative entries; an index that falls starts the next."""
-    before_n = np.concatenate(([-1], segment_n[:-1]))
-    starts_n: NDArray[np.bool_] = (segment_n >= 0) & ((before_n < 0) | (segment_n < before_n))
-    return starts_n
-
-
 def segment_weights(segment: Sequence[int] | NDArray[np.int64], progress: float) -> NDArray[np.float64]:
     """Segment annealing (DESIGN section 1): 1.0 on the supervised prefix of each reasoning block, 0.0 elsewhere.
 
-    `segment` [n]: index of each token's segment within its reasoning block, -1 outside.
+    `segment` [n]: index of each token's segment within its reasoning block, -1 outside. A block is a run of
+    non-negative entries; an index that falls starts the next block.
 
     >>> segment_weights([0, 0, 1, 1, 2, -1, 0, 1], progress=0.5)
     array([1., 1., 1., 1., 0., 0., 1., 0.])
     """
     segment_n = np.asarray(segment, dtype=np.int64)
-    inside_n = segment_n >= 0
-    weight_n = np.zeros(len(segment_n))
-    if not inside_n.any():
-        return weight_n
-    starts_n = _block_starts(segment_n)
-    inner = segment_n[inside_n]
-    starts = np.flatnonzero(starts_n[inside_n])
-    segments_in_block = np.maximum.reduceat(inner, starts) + 1
-    kept = np.array([supervised_segments(int(n), progress) for n in segments_in_block])
-    block = np.cumsum(starts_n[inside_n]) - 1
-    weight_n[inside_n] = inner < kept[block]
-    return weight_n
+    return _prefix_weights(segment_n, _block_starts(segment_n), progress)
 
 
-def token_segments(segment: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """`segment` [n] with every reasoning token as a segment of its own: its place in its block, -1 outside.
+def token_weights(segment: Sequence[int] | NDArray[np.int64], progress: float) -> NDArray[np.float64]:
+    """Token annealing: 1.0 on the first ceil((1 - s) n - 1e-9) tokens of each reasoning block of n, 0.0 elsewhere.
 
-    >>> token_segments([0, 0, 1, -1, 0, 1, 0]).tolist()
-    [0, 1, 2, -1, 0, 1, 0]
+    Blocks are those of `segment_weights`; the prefix may end within a segment.
+
+    >>> token_weights([0, 0, 1, 1, 2, -1, 0, 1], progress=0.5)
+    array([1., 1., 1., 0., 0., 0., 1., 0.])
     """
     segment_n = np.asarray(segment, dtype=np.int64)
-    place_n = np.arange(len(segment_n))
-    start_n = np.maximum.accumulate(np.where(_block_starts(segment_n), place_n, 0)) if len(segment_n) else place_n
-    return np.where(segment_n >= 0, place_n - start_n, -1)
+    starts_n = _block_starts(segment_n)
+    token_n = np.arange(len(segment_n))
+    first_n = np.maximum.accumulate(np.where(starts_n, token_n, 0))  # the first token of each token's block
+    return _prefix_weights(np.where(segment_n >= 0, token_n - first_n, -1), starts_n, progress)
+
+
+def _block_starts(segment_n: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where a reasoning block begins [n]: at the first of non-negative entries, and where the index falls."""
+    before_n = np.concatenate(([-1], segment_n[:-1]))
+    return (segment_n >= 0) & ((before_n < 0) | (segment_n < before_n))
+
+
+def _prefix_weights(place_n: NDArray[np.int64], starts_n: NDArray[np.bool_], progress: float) -> NDArray[np.float64]:
+    """1.0 on the supervised prefix of each block, `place_n` counting through it (-1 outside); 0.0 elsewhere."""
+    inside_n = place_n >= 0
+    weight_n = np.zeros(len(place_n))
+    if not inside_n.any():
+        return weight_n
+    inner, starts = place_n[inside_n], starts_n[inside_n]
+    places_in_block = np.maximum.reduceat(inner, np.flatnonzero(starts)) + 1
+    kept = np.array([supervised_segments(int(n), progress) for n in places_in_block])
+    weight_n[inside_n] = inner < kept[np.cumsum(starts) - 1]
+    return weight_n
 
 
 def reasoning_weights(
@@ -101,14 +107,14 @@ def reasoning_weights(
 ) -> NDArray[np.float64]:
     """Weights [n] of reasoning tokens (segment >= 0) and 0.0 elsewhere.
 
-    anneal: "segment" (the paper: a shrinking prefix of whole segments), "token" (a shrinking prefix of tokens),
-    "linear" (every reasoning token at 1 - s), "none" (every reasoning token at 1), "off" (at 0).
+    anneal: "segment" (the paper: a shrinking prefix of whole segments), "token" (a prefix that shrinks token by token),
+    "linear" (every reasoning token at 1 - s), "none" (every reasoning token at 1), "off" (every reasoning token at 0).
     """
+    if anneal not in REASONING_ANNEALS:
+        raise ValueError(f"reasoning_anneal={anneal!r} is not one of {', '.join(REASONING_ANNEALS)}")
     if anneal == "segment":
         return segment_weights(segment, progress)
     if anneal == "token":
-        return segment_weights(token_segments(segment), progress)
-    if anneal not in REASONING_ANNEALS:
-        raise ValueError(f"reasoning_anneal={anneal!r} is not one of {', '.join(REASONING_ANNEALS)}")
+        return token_weights(segment, progress)
     scale = {"linear": linear(1.0, 0.0, progress), "none": 1.0, "off": 0.0}[anneal]
     return np.where(np.asarray(segment, dtype=np.int64) >= 0, scale, 0.0)

@@ -14,7 +14,6 @@ from pact.envs.base import Message, Task
 from pact.groups import PROMPT, TRACE, Denominators, Group, PactConfig, Rollout
 from pact.messages import calls_of, check_messages
 from pact.objective import CoTrainBatch, PactObjective
-from pact.schedules import token_segments
 from pact.trace import (
     Component,
     TokenizedTrace,
@@ -70,9 +69,11 @@ class TaskView:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens of one component and, in reasoning, of one segment: all of them have one weight.
+    """Neighbouring tokens of one component and, in reasoning, of one segment.
 
+    All of them have one weight, but for ``reasoning_anneal="token"``, which may end within a run (`parts_of`).
     ``segment`` of ``segments`` in its block of reasoning; -1 of 0 elsewhere. ``start``: place of the first token.
+    ``before``: tokens of its block of reasoning that stand before it, of ``block`` in all.
     """
 
     component: Component
@@ -81,6 +82,8 @@ class Run:
     start: int
     ids: list[int]
     texts: list[str]
+    before: int = 0
+    block: int = 0
 
     @property
     def text(self) -> str:
@@ -156,8 +159,7 @@ def display(view: TaskView, tokenizer: PreTrainedTokenizerBase, config: PactConf
     """Cut ``view`` into runs, with the weights of its trace at ``progress`` and its tree under ``config``."""
 
     def section(title: str, tokens: TokenizedTrace, note: str = "") -> Section:
-        each = config.reasoning_anneal == "token" and tokens is view.trace
-        return Section(title, tokens, runs_of(tokens, tokenizer, by_token=each), note)
+        return Section(title, tokens, runs_of(tokens, tokenizer), note)
 
     prompt = [*view.head, *view.suffix]
     sections = [section("prompt", _unlabelled(prompt))] if prompt else []
@@ -247,16 +249,11 @@ def _turn(message: Message, tokenizer: PreTrainedTokenizerBase) -> TokenizedTrac
     return TokenizedTrace(whole.ids[:end], whole.component[:end], whole.segment[:end])
 
 
-def runs_of(tokens: TokenizedTrace, tokenizer: PreTrainedTokenizerBase, *, by_token: bool = False) -> list[Run]:
-    """``tokens`` cut where component, segment or block of reasoning changes.
-
-    ``by_token``: every token of reasoning is a run and a segment of its own, as ``reasoning_anneal="token"`` has it.
-    """
+def runs_of(tokens: TokenizedTrace, tokenizer: PreTrainedTokenizerBase) -> list[Run]:
+    """``tokens`` cut where component, segment or block of reasoning changes."""
     if not tokens.ids:
         return []
     component_N, segment_N = np.asarray(tokens.component), np.asarray(tokens.segment)
-    if by_token:
-        segment_N = token_segments(segment_N)
     cuts_N = (component_N[1:] != component_N[:-1]) | (segment_N[1:] != segment_N[:-1])
     bounds = [0, *(np.flatnonzero(cuts_N) + 1).tolist(), len(tokens.ids)]
     texts = token_texts(tokens.ids, tokenizer)
@@ -264,13 +261,30 @@ def runs_of(tokens: TokenizedTrace, tokenizer: PreTrainedTokenizerBase, *, by_to
         Run(Component(component_N[a]), int(segment_N[a]), 0, a, list(tokens.ids[a:b]), texts[a:b])
         for a, b in pairwise(bounds)
     ]
-    segments = 0  # of the block, known at its last run
-    for place in range(len(runs) - 1, -1, -1):
-        run = runs[place]
-        follows = place + 1 < len(runs) and runs[place + 1].segment > run.segment >= 0
-        segments = segments if follows else run.segment + 1
-        runs[place] = replace(run, segments=segments)
-    return runs
+    blocks: list[list[Run]] = []
+    for run in runs:
+        if blocks and run.segment > blocks[-1][-1].segment >= 0:
+            blocks[-1].append(run)
+        else:
+            blocks.append([run])
+    return [run for block in blocks for run in _with_block(block)]
+
+
+def _with_block(runs: Sequence[Run]) -> Iterator[Run]:
+    """The runs of one block of reasoning, or one run of anything else, with what the block holds."""
+    first, segments = runs[0].start, runs[-1].segment + 1
+    tokens = sum(len(run.ids) for run in runs) if segments else 0
+    for run in runs:
+        yield replace(run, segments=segments, before=run.start - first, block=tokens)
+
+
+def parts_of(run: Run, weight_N: NDArray[np.float64]) -> Iterator[tuple[Run, float]]:
+    """``run`` cut where the weight of its tokens changes, with those weights; ``weight_N``: of the whole trace."""
+    weights = weight_N[run.start : run.start + len(run.ids)]
+    bounds = [0, *(np.flatnonzero(weights[1:] != weights[:-1]) + 1).tolist(), len(run.ids)]
+    for a, b in pairwise(bounds):
+        part = replace(run, start=run.start + a, ids=run.ids[a:b], texts=run.texts[a:b], before=run.before + a)
+        yield part, float(weights[a])
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pact.groups import PactConfig
 from pact.viewer import Display, GroupTree, Node, Run, Section
 from pact.viewer_page import page
@@ -57,22 +60,31 @@ def _section(section: Section, shown: Display) -> dict[str, Any]:
         "note": section.note,
         "trace": trace,
         "runs": [
-            _run(run, float(shown.weight_N[run.start]) if trace and run.component in SUPERVISED else None)
+            _run(run, shown.weight_N[run.start :] if trace and run.component in SUPERVISED else None)
             for run in section.runs
         ],
     }
 
 
-def _run(run: Run, weight: float | None) -> dict[str, Any]:
+def _run(run: Run, weight_n: NDArray[np.float64] | None) -> dict[str, Any]:
+    """A run with the weight its first token has and how many have it: the others, behind them, have none.
+
+    ``weight_n``: of the tokens from its first on; None: no token of it can have weight.
+    """
     told_apart = list(zip(run.ids[:MOST_TOKENS], map(_token, run.texts[:MOST_TOKENS])))
+    weight = None if weight_n is None else float(weight_n[0])
+    kept = len(run.ids) if weight_n is None else int((weight_n[: len(run.ids)] == weight).sum())
     return {
         "component": run.component.name.lower(),
         "name": NAMES[run.component],
         "segment": run.segment,
         "segments": run.segments,
         "start": run.start,
+        "before": run.before,
+        "block": run.block,
         "count": len(run.ids),
         "weight": weight,
+        "kept": kept,
         "tokens": told_apart,
         "rest": "".join(run.texts[MOST_TOKENS:]) if len(run.ids) > MOST_TOKENS else None,
     }

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from pact.trace import Component, TokenizedTrace
-from pact.viewer import Display, Node, Run
+from pact.viewer import Display, Node, Run, parts_of
 from pact.visible import visible
 
 NAMES = {
@@ -50,8 +50,11 @@ def draw(shown: Display, *, progress: float, colour: bool, width: int) -> Iterat
         if section.note:
             yield f"({section.note})"
         for run in section.runs:
-            weighed = section.tokens is view.trace and run.component in SUPERVISED
-            yield from _draw_run(run, float(shown.weight_N[run.start]) if weighed else None, colour, width)
+            if section.tokens is view.trace and run.component in SUPERVISED:
+                for part, weight in parts_of(run, shown.weight_N):
+                    yield from _draw_run(part, weight, colour, width)
+            else:
+                yield from _draw_run(run, None, colour, width)
     if view.trace is not None:
         weight_N = shown.weight_N
         kept = (

@@ -1,5 +1,6 @@
 "use strict";
-// Weights follow the slider by the formulas of pact/schedules.py; every run of tokens has one weight.
+// Weights follow the slider by the formulas of pact/schedules.py. Every run of tokens has one weight, or, where reasoning
+// is annealed token by token, its first tokens have it and the others, class "out", have none.
 const config = JSON.parse(document.getElementById("data").textContent);
 const slider = document.getElementById("progress");
 const shown = document.getElementById("progress-value");
@@ -14,16 +15,31 @@ function linear(start, end, s) {
 }
 
 function weight(run, s) {
-  const { component, segment, segments } = run.dataset;
+  const { component, segment, segments, before, block } = run.dataset;
   if (component === "reasoning") {
     if (config.reasoning_anneal === "none") return 1;
     if (config.reasoning_anneal === "off") return 0;
+    if (config.reasoning_anneal === "token") return Number(before) < supervisedSegments(Number(block), s) ? 1 : 0;
     if (config.reasoning_anneal === "linear") return linear(1, 0, s);
-    // "segment", and "token": there every token is a segment of its own
     return Number(segment) < supervisedSegments(Number(segments), s) ? 1 : 0;
   }
   if (component === "tool_call") return linear(config.tool_call_weight[0], config.tool_call_weight[1], s);
   return component === "answer" ? config.answer_weight : 0;
+}
+
+// How many of the run's tokens have its weight.
+function kept(run, s) {
+  const tokens = Number(run.dataset.tokens);
+  if (config.reasoning_anneal !== "token" || run.dataset.component !== "reasoning") return tokens;
+  const left = supervisedSegments(Number(run.dataset.block), s) - Number(run.dataset.before);
+  return left > 0 ? Math.min(left, tokens) : tokens; // a run behind the prefix has weight 0 as a whole
+}
+
+// Tells the tokens without weight from those before them; the fold of a long run counts as the token it begins with.
+function mark(run, n) {
+  const tokens = Number(run.dataset.tokens);
+  if (n === tokens && !run.querySelector(".out")) return;
+  Array.from(run.querySelector(".text").children).forEach((part, at) => part.classList.toggle("out", at >= n));
 }
 
 function apply(s) {
@@ -33,12 +49,15 @@ function apply(s) {
     let supervised = 0;
     for (const run of trace.querySelectorAll(".run")) {
       const w = weight(run, s);
+      const n = kept(run, s);
+      const tokens = Number(run.dataset.tokens);
+      mark(run, n);
       run.dataset.w = String(w);
       run.style.setProperty("--w", String(Math.min(1, w)));
       const label = run.querySelector(".note i");
-      if (label) label.textContent = w.toFixed(2);
-      total += w * Number(run.dataset.tokens);
-      if (w > 0) supervised += Number(run.dataset.tokens);
+      if (label) label.textContent = n < tokens ? `${n} of ${tokens}` : w.toFixed(2);
+      total += w * n;
+      if (w > 0) supervised += n;
     }
     const sum = document.getElementById(trace.dataset.sum);
     sum.textContent = `${supervised} tokens have weight, ${total.toFixed(2)} in all`;
@@ -70,7 +89,7 @@ function tell(token) {
   const place = Number(run.dataset.start) + Array.prototype.indexOf.call(run.querySelectorAll(".t"), token);
   const parts = [`token ${place}`, `id ${token.dataset.id}`, run.dataset.component.replace("_", " ")];
   if (Number(run.dataset.segments)) parts.push(`segment ${Number(run.dataset.segment) + 1} of ${run.dataset.segments}`);
-  if (run.dataset.w !== undefined) parts.push(`weight ${run.dataset.w}`);
+  if (run.dataset.w !== undefined) parts.push(`weight ${token.matches(".out") ? 0 : run.dataset.w}`);
   here.textContent = `${parts.join(" · ")} · ${JSON.stringify(token.textContent)}`;
 }
 

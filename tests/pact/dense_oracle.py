@@ -53,16 +53,16 @@ def sft_weight(trace, t, config, progress):
         return 1.0 - progress
     if config.reasoning_anneal == "off":
         return 0.0
-    last = t  # the block runs on while tokens are reasoning
+    first = last = t  # the block: the reasoning tokens around t
+    while first > 0 and trace.component[first - 1] == REASONING:
+        first -= 1
     while last + 1 < len(trace.ids) and trace.component[last + 1] == REASONING:
         last += 1
     if config.reasoning_anneal == "token":
-        first = t
-        while first > 0 and trace.component[first - 1] == REASONING:
-            first -= 1
-        return 1.0 if t - first < math.ceil((1 - progress) * (last + 1 - first) - 1e-9) else 0.0
-    n = trace.segment[last] + 1
-    return 1.0 if trace.segment[t] < math.ceil((1 - progress) * n - 1e-9) else 0.0
+        place, n = t - first, last - first + 1
+    else:
+        place, n = trace.segment[t], trace.segment[last] + 1
+    return 1.0 if place < math.ceil((1 - progress) * n - 1e-9) else 0.0
 
 
 def denominators(groups, config):

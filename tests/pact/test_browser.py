@@ -16,7 +16,7 @@ from pact.envs.toybox_text import build_tokenizer
 from pact.evaluate import save_records
 from pact.objective import PactConfig
 from pact.report import write_report
-from pact.schedules import linear, supervised_segments
+from pact.schedules import REASONING_ANNEALS, linear, supervised_segments
 from pact.viewer import Attempt, display, supervised_weights, view_task
 from pact.viewer_html import inspect_page
 from pact.viewer_page import write_page
@@ -41,10 +41,11 @@ def page_of(folder, tasks, config, progress=0.0, rollouts=()):
 
 WEIGHTS = """[...document.querySelectorAll(".seq.trace .run")].map(run => [
     Number(run.dataset.start), Number(run.dataset.tokens), run.dataset.component, Number(run.dataset.segment),
-    Number(run.dataset.segments), Number(run.dataset.w ?? 0)])"""
+    Number(run.dataset.segments), Number(run.dataset.w ?? 0),
+    [...run.querySelectorAll(".t")].filter(token => !token.matches(".out")).length])"""
 
 
-@pytest.mark.parametrize("anneal", ["segment", "token", "linear", "none", "off"])
+@pytest.mark.parametrize("anneal", REASONING_ANNEALS)
 def test_the_slider_weighs_as_the_schedules_do(browser, tmp_path, anneal):
     """At every position tried the browser's weights are bit for bit those of pact.schedules and of the objective."""
     expert = trace()
@@ -58,17 +59,41 @@ def test_the_slider_weighs_as_the_schedules_do(browser, tmp_path, anneal):
         weight_N = supervised_weights(shown.view.trace, config, s)
         runs = browser.run(WEIGHTS)
         assert sum(tokens for _, tokens, *_ in runs) == len(weight_N)
-        for start, tokens, component, segment, segments, weight in runs:
+        for start, tokens, component, segment, segments, weight, kept in runs:
+            weights = weight_N[start : start + tokens].tolist()
+            assert weights == [weight] * kept + [0.0] * (tokens - kept), (s, component, segment)
             expected = {"tool_call": linear(0.9, 0.3, s), "answer": 0.25}.get(component, 0.0)
             if component == "reasoning":
-                kept = float(segment < supervised_segments(segments, s))
-                flat = {"linear": linear(1.0, 0.0, s), "none": 1.0, "off": 0.0}
-                expected = flat.get(anneal, kept)
+                prefix = float(segment < supervised_segments(segments, s))
+                scale = {"segment": prefix, "linear": linear(1.0, 0.0, s), "none": 1.0, "token": weights[0], "off": 0.0}
+                expected = scale[anneal]
             assert weight == expected, (s, component, segment)
-            assert weight_N[start : start + tokens].tolist() == [expected] * tokens
+            assert kept == tokens or anneal == "token"
         told = browser.run('document.getElementById("sum-0").textContent')
         assert told == f"{int((weight_N > 0).sum())} tokens have weight, {weight_N.sum():.2f} in all"
     assert browser.run('getComputedStyle(document.querySelector(".run.c-tool_call")).getPropertyValue("--w")') == "0.3"
+    assert browser.complaints == []
+
+
+def test_a_boundary_within_a_segment_is_drawn_and_told(browser, tmp_path):
+    """Of each block the first half stands out; the label counts its tokens, a token tells its own weight."""
+    path, [shown] = page_of(tmp_path, [task()], PactConfig(reasoning_anneal="token"), progress=0.5)
+    browser.open(path)
+    [place, *_] = [i for i, token in enumerate(shown.weight_N) if not token]  # the first block begins the trace
+    split = next(run for run in shown.sections[1].runs if run.start < place < run.start + len(run.ids))
+    run = f"document.querySelector('.seq.trace .run[data-start=\"{split.start}\"]')"
+    kept = place - split.start
+    assert browser.run(f'{run}.querySelector(".note i").textContent') == f"{kept} of {len(split.ids)}"
+    tokens = f'{run}.querySelectorAll(".t")'
+    shades = [browser.run(f"getComputedStyle({tokens}[{at}]).color") for at in (kept - 1, kept)]
+    assert shades[0] != shades[1]
+    browser.run('document.querySelector(".seq.trace").focus()')
+    browser.press("ArrowRight", place)
+    assert " · weight 1 · " in browser.run('document.getElementById("here").textContent')
+    browser.press("ArrowRight")
+    assert " · weight 0 · " in browser.run('document.getElementById("here").textContent')
+    browser.run('slider.value = "0"; slider.dispatchEvent(new Event("input"))')
+    assert browser.run('document.querySelectorAll(".out").length') == 0
     assert browser.complaints == []
 
 
@@ -234,7 +259,8 @@ def test_hover_and_keys_read_the_logged_values(browser, tmp_path):
 def test_it_is_readable_in_light_and_dark_and_on_a_telephone(browser, tmp_path, kind, dark, width):
     """Text stands out from its ground (a contrast of 4.5, as WCAG AA asks); the page does not scroll sideways."""
     if kind == "inspect":
-        path, _ = page_of(tmp_path, [task()], PactConfig(), rollouts=[Attempt("good", trace(), 1.0)])
+        config = PactConfig(reasoning_anneal="token")  # at half of it some tokens of a run have weight and others none
+        path, _ = page_of(tmp_path, [task()], config, progress=0.5, rollouts=[Attempt("good", trace(), 1.0)])
     else:
         path = hostile_run(tmp_path, "http://127.0.0.1:9")
     browser.open(path)

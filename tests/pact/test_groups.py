@@ -25,6 +25,11 @@ def test_defaults_are_the_papers():
     assert PactConfig(tool_call_weight=[1, 1]).tool_call_weight == (1, 1)
 
 
+@pytest.mark.parametrize("anneal", ["segment", "token", "linear", "none", "off"])
+def test_ways_to_anneal_reasoning_are_settings(anneal):
+    assert PactConfig(reasoning_anneal=anneal).reasoning_anneal == anneal
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

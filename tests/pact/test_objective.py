@@ -15,6 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from pact.groups import branch_weights
 from pact.objective import Denominators, Group, PactConfig, PactObjective, Rollout, add_metrics, flatten_metrics
+from pact.schedules import REASONING_ANNEALS
 from pact.trace import Component, TokenizedTrace
 from pact_kernels import linear_logprob
 from pact_kernels.terms import PROMPT_BRANCH, RL, SFT, TRACE_BRANCH
@@ -82,8 +83,11 @@ CASES = {
     "constant": (make_config(loss_norm="constant", norm_length=7), 0.3, True),
     "uneven clip": (make_config(clip_low=0.05, clip_high=0.4), 0.3, True),
     "linear reasoning": (make_config(reasoning_anneal="linear", tool_call_weight=(1.0, 0.0)), 0.3, True),
-    "token reasoning": (make_config(reasoning_anneal="token", tool_call_weight=(1.0, 0.0)), 0.3, True),
-    "no reasoning": (make_config(reasoning_anneal="off", answer_weight=0.5), 0.3, True),
+    "token reasoning": (make_config(reasoning_anneal="token"), 0.3, True),
+    "token reasoning, late": (make_config(reasoning_anneal="token", answer_weight=0.5), 0.7, False),
+    "token reasoning, end": (make_config(reasoning_anneal="token"), 1.0, True),
+    "no reasoning": (make_config(reasoning_anneal="off"), 0.3, True),
+    "no reasoning, start": (make_config(reasoning_anneal="off", anchor_mode="mixture"), 0.0, True),
     "answer weight": (make_config(reasoning_anneal="none", answer_weight=0.5), 0.7, True),
     "RL alone": (make_config(sft_coef=0.0), 0.3, True),
     "one branch of two": (make_config(anchor_mode="mixture", anchor_q=1.0), 0.3, True),
@@ -430,6 +434,18 @@ def test_what_is_annealed_out_is_not_computed_unless_monitored(models):
     both = dict(watched[2])
     add_metrics(both, quiet[2])
     assert flatten_metrics(both, steps=2)["entropy/prompt"] == flat["entropy/prompt"]
+
+
+@pytest.mark.parametrize("anneal", REASONING_ANNEALS)
+def test_however_reasoning_is_annealed_the_denominator_counts_all_of_it(anneal):
+    config = PactConfig(kl_coef=0, reasoning_anneal=anneal)
+    trace = TokenizedTrace([3, 4, 5, 6, 7, 8], [1, 1, 1, 1, 2, 4], [0, 0, 0, 1, -1, -1])
+    group = Group([1], [2], None, trace, [])
+    objective = PactObjective(config)
+    assert objective.denominators([group]) == Denominators(0.0, 5.0)
+    (batch,) = objective.build([group], 0.5)
+    reasoning = {"segment": [1, 1, 1], "token": [1, 1], "linear": [0.5] * 4, "none": [1] * 4, "off": []}[anneal]
+    assert (5 * batch.terms.weight).tolist() == pytest.approx([*reasoning, 0.5])
 
 
 def test_nothing_to_learn_gives_no_batch():

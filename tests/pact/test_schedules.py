@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pact.schedules import (
+    REASONING_ANNEALS,
     check_progress,
     linear,
     reasoning_weights,
     segment_weights,
     supervised_segments,
-    token_segments,
+    token_weights,
     warmup_cosine,
 )
 
@@ -86,25 +87,47 @@ def test_segment_weights_follow_the_formula(lengths_per_block, progress):
     assert segment_weights(spread(lengths_per_block), progress).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("segment", "progress", "expected"),
+    [
+        ([-1, 0, 0, 0, 1, -1], 0.0, [0, 1, 1, 1, 1, 0]),
+        ([-1, 0, 0, 0, 1, -1], 0.5, [0, 1, 1, 0, 0, 0]),  # the boundary falls inside segment 0
+        ([-1, 0, 0, 0, 1, -1], 1.0, [0, 0, 0, 0, 0, 0]),
+        ([0, 1, 1, -1, 0, 0, 0], 0.5, [1, 1, 0, 0, 1, 1, 0]),  # each block by its own length
+        ([0, 1, 1, 1, 0, 0], 0.5, [1, 1, 0, 0, 1, 0]),  # an index that falls starts a block
+        ([1, 0, 0, 0], 0.5, [1, 1, 1, 0]),  # also behind a block of one token
+        ([2, 2, 2, 2], 0.5, [1, 1, 0, 0]),  # tokens are counted, not indices
+        ([0] * 10, 0.7, [1] * 3 + [0] * 7),  # (1 - 0.7) * 10 is 3.0000000000000004
+        ([0], 0.999, [1]),
+    ],
+)
+def test_token_by_token_the_prefix_of_a_block_shrinks(segment, progress, expected):
+    assert token_weights(segment, progress).tolist() == expected
+    assert reasoning_weights(segment, progress, "token").tolist() == expected
+
+
 @settings(max_examples=50, deadline=None)
 @given(blocks, st.floats(0, 1))
-def test_token_annealing_follows_the_formula(lengths_per_block, progress):
+def test_token_weights_follow_the_formula(lengths_per_block, progress):
     expected = [0.0]
     for lengths in lengths_per_block:
-        tokens = sum(lengths)
-        kept = math.ceil((1 - progress) * tokens - 1e-9)
-        expected += [1.0] * kept + [0.0] * (tokens - kept) + [0.0]
-    assert reasoning_weights(spread(lengths_per_block), progress, "token").tolist() == expected
+        kept = math.ceil((1 - progress) * sum(lengths) - 1e-9)
+        expected += [1.0] * kept + [0.0] * (sum(lengths) - kept) + [0.0]
+    assert token_weights(spread(lengths_per_block), progress).tolist() == expected
 
 
-def test_rounding_keeps_no_token_too_many():
-    """(1 - 0.7) * 10 is 3.0000000000000004 in floating point."""
-    assert reasoning_weights([0] * 5 + [1] * 5, 0.7, "token").sum() == 3
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1), max_size=4), st.floats(0, 1))
+def test_where_every_token_is_a_segment_both_ways_agree(runs, progress):
+    segment = [index for run in runs for index in [*range(len(run)), -1]]
+    assert (token_weights(segment, progress) == segment_weights(segment, progress)).all()
 
 
-def test_tokens_of_blocks_behind_each_other_are_counted_anew():
-    assert token_segments([0, 1, 1, 0, 1, -1, 0]).tolist() == [0, 1, 2, 0, 1, -1, 0]
-    assert token_segments([]).tolist() == []
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("anneal", REASONING_ANNEALS)
+def test_no_way_to_anneal_gives_weight_outside_reasoning(anneal, progress):
+    assert reasoning_weights([], progress, anneal).tolist() == []
+    assert reasoning_weights([-1, -1], progress, anneal).tolist() == [0, 0]
 
 
 def test_other_ways_to_anneal_reasoning():
@@ -112,9 +135,8 @@ def test_other_ways_to_anneal_reasoning():
     assert reasoning_weights(segment, 0.75, "linear").tolist() == [0, 0.25, 0.25, 0.25]
     assert reasoning_weights(segment, 0.75, "none").tolist() == [0, 1, 1, 1]
     assert reasoning_weights(segment, 0.75, "segment").tolist() == [0, 1, 0, 0]
-    assert reasoning_weights(segment, 0.75, "token").tolist() == [0, 1, 0, 0]
-    assert reasoning_weights(segment, 0.3, "token").tolist() == [0, 1, 1, 1]
-    assert reasoning_weights(segment, 0.0, "off").tolist() == [0, 0, 0, 0]
+    assert reasoning_weights(segment, 0.6, "token").tolist() == [0, 1, 1, 0]
+    assert [reasoning_weights(segment, s, "off").tolist() for s in (0.0, 0.5, 1.0)] == [[0, 0, 0, 0]] * 3
     with pytest.raises(ValueError, match="reasoning_anneal='cosine'"):
         reasoning_weights(segment, 0.5, "cosine")
 

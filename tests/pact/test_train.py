@@ -147,6 +147,14 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(config):
     assert settings.env.options() == {**TINY["env_options"], "hops": [1, 2], "train": 3}
 
 
+@pytest.mark.parametrize("written", ["off", "'off'"])
+def test_a_bare_off_in_yaml_is_a_way_to_anneal(config, tmp_path, written):
+    """YAML 1.1 reads it as false."""
+    path = tmp_path / "off.yaml"
+    path.write_text(f"extends: {config.name}\nreasoning_anneal: {written}\n")
+    assert parse_settings([], path).pact.reasoning_anneal == "off"
+
+
 def test_the_snapshot_rebuilds_the_settings(config, tmp_path):
     settings = parse_settings(
         ["--anchor_mode", "mixture", "--no_one_pass", "--lr_scheduler_kwargs", '{"a": 1}'], config

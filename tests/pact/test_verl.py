@@ -67,6 +67,8 @@ CASES = {
     "sequence": ({"loss_norm": "sequence", "anchor_mode": "mixture"}, 0.2),
     "constant": ({"loss_norm": "constant", "norm_length": 12.0, "answer_weight": 0.5}, 0.2),
     "linear": ({"reasoning_anneal": "linear", "clip_low": 0.1, "clip_high": 0.4}, 0.7),
+    "token": ({"reasoning_anneal": "token"}, 0.6),
+    "no reasoning": ({"reasoning_anneal": "off"}, 0.3),
     "hot": ({"temperature": 1.3, "kl_coef": 0.0, "entropy_coef": 0.0}, 0.5),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from pact.envs import make
 from pact.envs.toybox_text import build_tokenizer
 from pact.objective import Group, PactConfig, PactObjective, Rollout
 from pact.rollout import run_rollouts
-from pact.schedules import linear, supervised_segments
+from pact.schedules import REASONING_ANNEALS, linear, supervised_segments
 from pact.trace import Component, render_trace
-from pact.viewer import Attempt, display, group_tree, runs_of, supervised_weights, token_texts, view_task
+from pact.viewer import Attempt, display, group_tree, parts_of, runs_of, supervised_weights, token_texts, view_task
 from pact.viewer_files import read_attempts, read_tasks
+from pact.viewer_html import inspect_page
 from pact.viewer_text import draw
 from pact.visible import visible
 
@@ -60,20 +62,57 @@ def test_two_blocks_of_reasoning_behind_each_other_are_told_apart(tokenizer):
     reasoning = int(Component.REASONING)
     runs = runs_of(type(view_task(task(), tokenizer).trace)(ids, [reasoning] * 6, [0, 1, 1, 0, 1, 2]), tokenizer)
     assert [(run.segment, run.segments) for run in runs] == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    assert [(run.before, run.block) for run in runs] == [(0, 3), (1, 3), (0, 3), (1, 3), (2, 3)]
 
 
-@pytest.mark.parametrize("anneal", ["segment", "token", "linear", "none", "off"])
+@pytest.mark.parametrize("anneal", REASONING_ANNEALS)
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1 / 3, 0.5, 0.999, 1.0])
 def test_weights_are_those_of_the_schedules(tokenizer, anneal, progress):
     config = PactConfig(tool_call_weight=(0.9, 0.3), answer_weight=0.25, reasoning_anneal=anneal, sft_coef=0.0)
     view = view_task(task(), tokenizer)
     weight_N = supervised_weights(view.trace, config, progress)
-    for run in runs_of(view.trace, tokenizer, by_token=anneal == "token"):
+    for run in runs_of(view.trace, tokenizer):
         expected = {Component.TOOL_CALL: linear(0.9, 0.3, progress), Component.ANSWER: 0.25}.get(run.component, 0.0)
         if run.component == Component.REASONING:
             kept = float(run.segment < supervised_segments(run.segments, progress))
-            expected = {"segment": kept, "token": kept, "linear": 1.0 - progress, "none": 1.0, "off": 0.0}[anneal]
-        assert weight_N[run.start : run.start + len(run.ids)].tolist() == [expected] * len(run.ids)
+            scale = {"segment": kept, "linear": 1.0 - progress, "none": 1.0, "token": 1.0, "off": 0.0}
+            expected = scale[anneal]
+        weights = [expected] * len(run.ids)
+        if anneal == "token" and run.component == Component.REASONING:
+            kept = supervised_segments(run.block, progress) - run.before
+            weights = [float(place < kept) for place in range(len(run.ids))]
+        assert weight_N[run.start : run.start + len(run.ids)].tolist() == weights
+
+
+def test_a_run_is_cut_where_its_weight_changes(tokenizer):
+    """Token by token the supervised prefix ends within a segment; the two parts are the run again."""
+    view = view_task(task(), tokenizer)
+    weight_N = supervised_weights(view.trace, replace(CONFIG, reasoning_anneal="token"), 0.5)
+    cut = 0
+    for run in runs_of(view.trace, tokenizer):
+        parts = list(parts_of(run, weight_N))
+        assert [token for part, _ in parts for token in part.ids] == run.ids
+        assert "".join(part.text for part, _ in parts) == run.text
+        for part, weight in parts:
+            assert weight_N[part.start : part.start + len(part.ids)].tolist() == [weight] * len(part.ids)
+        assert [weight for _, weight in parts] == sorted({weight for _, weight in parts}, reverse=True)
+        cut += len(parts) == 2
+    assert 0 < cut <= 2  # at most once a block
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("anneal", REASONING_ANNEALS)
+def test_the_page_as_written_has_the_weight_of_each_token(tokenizer, anneal, progress):
+    """Before any script has run, and with scripts forbidden."""
+    config = replace(CONFIG, reasoning_anneal=anneal)
+    shown = display(view_task(task(), tokenizer), tokenizer, config, progress)
+    written = inspect_page([shown], config, progress).partition('class="seq trace"')[2].partition("</details>")[0]
+    found = []
+    for run in written.split('<div class="run ')[1:]:
+        weight = re.search(r'data-w="([^"]*)"', run)
+        for out in re.findall(r'<span class="t( out)?"', run):
+            found.append(float(weight[1]) if weight and not out else 0.0)
+    assert found == pytest.approx(shown.weight_N.tolist(), abs=1e-6)
 
 
 def test_an_unsupervised_turn_has_no_weight(tokenizer):
@@ -231,6 +270,23 @@ def test_drawn_text_is_the_text_of_the_trace(tokenizer):
     assert any(line.startswith("reasoning 2/3 w 1.00") for line in body)
     assert any(line.startswith("reasoning 3/3 w 0.00") for line in body)
     assert any(line.startswith("tool call w 0.60") for line in body)
+
+
+def test_a_boundary_within_a_segment_is_drawn(tokenizer):
+    """What stands beside weight 1 is exactly the supervised half of each block's tokens."""
+    shown = display(view_task(task(), tokenizer), tokenizer, replace(CONFIG, reasoning_anneal="token"), 0.5)
+    lines = list(draw(shown, progress=0.5, colour=False, width=60))
+    start = next(i for i, line in enumerate(lines) if line.startswith("expert trace"))
+    note, told = "", {"1.00": "", "0.00": ""}
+    for line in lines[start + 1 : lines.index("", start)]:
+        note = line[:24].strip() or note
+        if note.startswith("reasoning"):
+            told[note[-4:]] += line[24:].replace("⏎", "\n")
+    trace = shown.view.trace
+    for weight, text in told.items():
+        reasoning_N = np.asarray(trace.component) == Component.REASONING
+        ids = np.asarray(trace.ids)[reasoning_N & (shown.weight_N == float(weight))]
+        assert text == tokenizer.decode(ids.tolist())
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
