@@ -127,7 +127,7 @@ def test_the_first_pass_is_exactly_on_policy_and_the_next_ones_clip(tmp_path):
 # -- with traces: the objective on whole groups ------------------------------------------------------------------------
 
 
-def by_hand(inputs, batch, branches, tokenizer, generations):
+def by_hand(inputs, batch, branches, tokenizer, generations, observations=True):
     """Whole groups, made of TRL's padded batch with nothing of the integration."""
     groups = []
     for start in range(0, len(inputs), generations):
@@ -135,7 +135,7 @@ def by_hand(inputs, batch, branches, tokenizer, generations):
         head_ids, suffix_ids = render_prompt(row["prompt"], None, tokenizer)
         group = Group(head_ids, suffix_ids, branch=branches[start // generations])
         if row["expert"] is not None:
-            group.context_ids = render_context(row["expert"], tokenizer)
+            group.context_ids = render_context(row["expert"], tokenizer, observations=observations)
             group.trace = render_trace(row["expert"], None, tokenizer)
         for i in range(start, start + generations):
             n = int(batch["completion_mask"][i].sum())
@@ -177,9 +177,10 @@ def assert_gradient_is(trainer, groups, progress=0.0, reference=None):
 def test_a_step_is_the_objective_on_whole_groups(mode, tmp_path, saved):
     """Four micro-batches of three rollouts: every prompt is cut, and so are its branch and its trace."""
     tokenizer, model = tokenizer_and_model(saved)
+    observed = mode == "mixture"  # of both ways to show a trace, one here and one there
     trainer = make_trainer(
         tmp_path,
-        PactConfig(anchor_q=0.5, anchor_mode=mode, sft_coef=0.6),
+        PactConfig(anchor_q=0.5, anchor_mode=mode, sft_coef=0.6, context_observations=observed),
         kind=Recording,
         model=model,
         tokenizer=tokenizer,
@@ -195,7 +196,7 @@ def test_a_step_is_the_objective_on_whole_groups(mode, tmp_path, saved):
     inputs, batch, micro_batches, before = trainer.record[0]
     assert [len(groups) for groups in micro_batches] == [1, 2, 2, 1]
     branches = branches_of(micro_batches, inputs, 4)
-    groups = by_hand(inputs, batch, branches, tokenizer, 4)
+    groups = by_hand(inputs, batch, branches, tokenizer, 4, observed)
     if mode == "sample":
         assert set(branches) == {PROMPT, TRACE}
     assert sum(group.trace is not None for part in micro_batches for group in part) == 2
