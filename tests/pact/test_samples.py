@@ -64,7 +64,8 @@ def test_a_trace_in_context_has_its_results_or_not(tokenizer, observations):
     context = render_context(EXPERT, tokenizer, observations=observations)
     config = PactConfig(context_observations=observations)
     assert ("result: paris" in tokenizer.decode(context)) == observations
-    assert rl_group(TASK, [], tokenizer, Estimator(), config).context_ids == context
+    episode = trajectory(tokenizer, ["a"], [assistant("a")])
+    assert rl_group(TASK, [episode], tokenizer, Estimator(), config).context_ids == context
     assert group_of(TASK, tokenizer, config).context_ids == context
     assert view_task(TASK, tokenizer, observations=observations).context == context
     alone = sft_group(TASK, tokenizer, config, trace_in_context=False)
