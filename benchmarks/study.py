@@ -1,8 +1,8 @@
 """The study: six ways of training and the parts of PACT, on the toybox (benchmarks/STUDY.md). It draws nothing.
 
-python benchmarks/study.py [--plan] [--hours H] [--workers 2]
+python benchmarks/study.py [STUDY.yaml] [--plan] [--hours H] [--workers 2]
 
-Every run is a process of its own; what is recorded in results/study/ is not run again, so the command goes on where it
+Every run is a process of its own; what is recorded in results/STUDY/ is not run again, so the command goes on where it
 stopped. --plan prints what is left and about how long it takes; --hours begins no run that would end after that time.
 """
 
@@ -20,11 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 
-from measure import RESULTS
 from study_plan import STAGES, Job, Record, Study, Unfinished, load_records
 
 HERE = Path(__file__).resolve().parent
-CONFIG, RECORDS, WORK = HERE / "study.yaml", RESULTS / "study", HERE.parent / "runs" / "study"
+CONFIG = HERE / "study.yaml"
 GUESS = {"warm_start": 240.0}  # seconds of a run before one of its stage has been measured
 USUAL = 330.0
 
@@ -139,11 +138,15 @@ class Everything(dict[str, Record]):
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "config", type=Path, nargs="?", default=CONFIG, metavar="STUDY.yaml", help="default: study.yaml"
+    )
     parser.add_argument("--plan", action="store_true", help="print the runs and their time")
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run that would end later")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each")
     options = parser.parse_args(argv)
-    runner = Runner(Study.load(CONFIG), RECORDS, WORK, options.workers, time.time() + 3600 * options.hours)
+    study = Study.load(options.config)
+    runner = Runner(study, study.records, study.work, options.workers, time.time() + 3600 * options.hours)
     if options.plan:
         print(plan(runner))
         return 0

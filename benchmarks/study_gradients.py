@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, machine
-from study import CONFIG, WORK
+from measure import machine
+from study import CONFIG
 from study_plan import Study
 from study_run import RUNS, episodes, weights_hash
 from torch import Tensor
@@ -113,21 +113,22 @@ def measure(model_path: Path, study: Study, prompts: int, rollouts: int, seed: i
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rollouts", type=int, default=24)
     parser.add_argument("--model", type=Path, default=None, help="default: the warm start of the study")
-    parser.add_argument("--output", type=Path, default=RESULTS / "study" / "gradients.json")
-    options = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=None, help="default: results/study/gradients.json")
+    options = parser.parse_args(argv)
     study = Study.load(CONFIG)
     torch.manual_seed(0)
-    model = options.model or WORK / RUNS / study.warm_start().name / "model"
+    model = options.model or study.work / RUNS / study.warm_start().name / "model"
     if not model.is_dir():
         parser.error(f"no model folder {model}: run benchmarks/study.py first, or give --model")
     found = measure(model, study, options.prompts, options.rollouts)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=2) + "\n")
+    output = options.output or study.records / "gradients.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(found, indent=2) + "\n")
     for name, term in found["terms"].items():
         print(f"{name:48} " + "  ".join(f"{key} {value:+.3f}" for key, value in term.items()))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from measure import RESULTS
 from numpy.typing import NDArray
 
 STAGES = ("warm_start", "learning_rate", "sft_coef", "arms", "ablations")
@@ -58,6 +59,7 @@ class Study:
     """A study as its YAML has it.
 
     Args:
+        name: of the YAML file; names the folders of its records and of its work.
         config: ``settings`` of every run; ``warm_start``: its settings, ``seed``; ``seeds`` of tuning, arms and
             ablations; ``tuning``: the values tried, by setting; ``evaluation``: by stage, name -> split;
             ``arms`` and ``ablations``: name -> ``label``, ``settings`` (for an ablation, on top of those of the arm
@@ -67,8 +69,8 @@ class Study:
         ValueError: an arm that is tuned on what is not in ``tuning``, or an ``ablated`` that is no arm.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
+    def __init__(self, config: Mapping[str, Any], name: str = "study") -> None:
+        self.config, self.name = config, name
         self.arms: dict[str, Mapping[str, Any]] = dict(config["arms"])
         self.ablations: dict[str, Mapping[str, Any]] = dict(config["ablations"])
         for name, arm in self.arms.items():
@@ -79,7 +81,17 @@ class Study:
 
     @classmethod
     def load(cls, path: Path) -> Study:
-        return cls(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return cls(yaml.safe_load(path.read_text(encoding="utf-8")), path.stem)
+
+    @property
+    def records(self) -> Path:
+        """The folder of its records, STAGE.jsonl."""
+        return RESULTS / self.name
+
+    @property
+    def work(self) -> Path:
+        """The folder of its runs: models, logs."""
+        return Path(__file__).resolve().parents[1] / "runs" / self.name
 
     def warm_start(self) -> Job:
         warm = self.config["warm_start"]

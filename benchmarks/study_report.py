@@ -1,8 +1,8 @@
-"""Tables and plots of the study, from the records in results/study/ alone. It runs nothing.
+"""Tables and plots of the studies, from the records in results/STUDY/ alone. It runs nothing.
 
 python benchmarks/study_report.py [--check]
 
-writes the plots results/study/*.png and the tables between the marks of STUDY.md and README.md; --check writes nothing
+writes the plots results/STUDY/*.png and the tables between the marks of STUDY.md and README.md; --check writes nothing
 and fails where a table is not what the records give.
 """
 
@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import RESULTS
 from numpy.typing import NDArray
 from study_plan import STAGES, TUNING, Record, Study, Unfinished, load_records, settled, unpack
 
 HERE = Path(__file__).resolve().parent
-RECORDS = RESULTS / "study"
+STUDIES = (HERE / "study.yaml", HERE / "smollm2.yaml")
 PAGES = (HERE / "STUDY.md", HERE.parent / "README.md")
 RESAMPLES = 10_000
 Array = NDArray[np.float64]
@@ -180,7 +179,7 @@ def final_table(study: Study, records: Mapping[str, Record]) -> str:
                 str(len(arm.runs)),
                 estimate(arm, "test"),
                 against,
-                estimate(arm, "unseen"),
+                estimate(arm, "unseen") if arm.has("unseen") else "",
                 reliance(arm),
             ]
         )
@@ -233,7 +232,7 @@ def cost_table(study: Study, records: Mapping[str, Record]) -> str:
 
 def gradient_table(study: Study, records: Mapping[str, Record]) -> str:
     """What study_gradients.py recorded."""
-    path = RECORDS / "gradients.json"
+    path = study.records / "gradients.json"
     if not path.is_file():
         return "not run yet\n"
     terms = json.loads(path.read_text(encoding="utf-8"))["terms"]
@@ -256,12 +255,12 @@ TABLES: dict[str, Callable[[Study, Mapping[str, Record]], str]] = {
 
 
 def filled(text: str, study: Study, records: Mapping[str, Record]) -> str:
-    """``text`` with what is between ``<!-- study:NAME -->`` and ``<!-- end -->`` made anew."""
+    """``text`` with what is between ``<!-- STUDY:TABLE -->`` and ``<!-- end -->`` made anew, for this ``study``."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]](study, records)}{match[3]}"
 
-    return re.sub(r"(<!-- study:(\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+    return re.sub(rf"(<!-- {study.name}:(\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
 # -- plots -----------------------------------------------------------------------------------------------------------
@@ -275,6 +274,7 @@ def draw(study: Study, records: Mapping[str, Record], folder: Path) -> None:
         return
     panels = {
         "curves": ("success on validation tasks", validation_points),
+        "reward": ("reward of the rollouts, training prompts", lambda run: points(run, "reward")),
         "gap": ("latent-trace gap, nats a rollout", lambda run: points(run, "gap")),
         "entropy": ("entropy on the prompt-only branch, nats a token", lambda run: points(run, "entropy")),
     }
@@ -318,12 +318,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail where a page is not up to date")
     options = parser.parse_args(argv)
-    study = Study.load(HERE / "study.yaml")
-    records = load_records(RECORDS / f"{stage}.jsonl" for stage in STAGES if (RECORDS / f"{stage}.jsonl").is_file())
+    studies = [Study.load(path) for path in STUDIES]
+    records = [load_records(sorted(study.records.glob("*.jsonl"))) for study in studies]
     stale = []
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        new = filled(text, study, records)
+        text = new = page.read_text(encoding="utf-8")
+        for study, of_study in zip(studies, records, strict=True):
+            new = filled(new, study, of_study)
         if new != text:
             stale.append(page.name)
             if not options.check:
@@ -331,8 +332,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.check:
         print(f"not up to date: {', '.join(stale)}" if stale else "up to date")
         return int(bool(stale))
-    draw(study, records, RECORDS)
-    print(f"{len(records)} records, pages written: {', '.join(stale) or 'none, they were up to date'}")
+    for study, of_study in zip(studies, records, strict=True):
+        draw(study, of_study, study.records)
+    print(f"{sum(map(len, records))} records, pages written: {', '.join(stale) or 'none, they were up to date'}")
     return 0
 
 

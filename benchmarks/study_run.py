@@ -1,6 +1,8 @@
 """One run of the study in a process of its own: ``pact train``, then the evaluations, then one record in one file.
 
 python benchmarks/study_run.py JOB.json RECORD.json      in the study's work folder; benchmarks/study.py calls it
+
+A ``model`` that is a folder is given relative to the repository.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from pact.reporting import METRICS_FILE, read_metrics
 from pact.rollout import RolloutLimits, Sampling, Trajectory, run_rollouts
 from pact.trace import prepare_tokenizer, render_context
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = Path("runs")  # where `pact train` puts its folders
 POINTS = 5  # updates that a point of the training curves is the mean of
 # Record's name -> name in metrics.jsonl, of what is kept along the training.
@@ -138,6 +141,8 @@ def run(job: Job) -> dict[str, Any]:
     folder = RUNS / job.name
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: it begins anew
     settings = dict(job.settings)
+    if (REPOSITORY / settings["model"]).is_dir():
+        settings["model"] = str(REPOSITORY / settings["model"])
     start = None
     if job.start is not None:
         warm = RUNS / json.loads(Path("warm_start.json").read_text())["name"] / "model"

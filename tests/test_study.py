@@ -228,9 +228,19 @@ def test_a_tiny_study_from_end_to_end(tmp_path, capsys):
     assert "| PACT | 1 |" in page
     assert "| q = 0 | 1 |" in page
     assert study_report.filled(page, study, again.records) == page
+    other = Study(study.config, "other")
+    assert study_report.filled(text, other, again.records) == text  # marks of another study stay as they are
     study_report.draw(study, again.records, tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 5000
     assert runner_module.plan(again).splitlines()[-1].startswith("together")
+
+
+def test_every_study_in_the_repository_is_one():
+    for path in study_report.STUDIES:
+        study = Study.load(path)
+        assert study.records.parent.name == "results"
+        assert study.name == study.work.name == path.stem
+        assert study.jobs("warm_start", {})[0].settings["env"] == "toybox"
 
 
 def test_pages_are_what_the_records_give():
