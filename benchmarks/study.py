@@ -3,7 +3,8 @@
 python benchmarks/study.py [STUDY.yaml] [--plan] [--hours H] [--workers 2]
 
 Every run is a process of its own; what is recorded in results/STUDY/ is not run again, so the command goes on where it
-stopped. --plan prints what is left and about how long it takes; --hours begins no run that would end after that time.
+stopped; runs/STUDY/progress.log says how far it is. --plan prints what is left and about how long it takes; --hours
+begins no run that would end after that time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from threading import Lock
 
@@ -71,7 +73,7 @@ class Runner:
             return False
         now = json.loads((self.work / f"{job.name}.json").read_text())
         if known is not None and now["weights"] != known["weights"]:
-            print(f"warm start: weights {now['weights']} here, {known['weights']} on record (another processor?)")
+            self.say(f"warm start: weights {now['weights']} here, {known['weights']} on record (another processor?)")
         here.write_text(json.dumps({"key": job.key, "name": job.name}))
         return True
 
@@ -96,10 +98,14 @@ class Runner:
             left = len(self.missing(job.stage))
             scores = ", ".join(f"{name} {split['success']:.3f}" for name, split in record["final"].items())
             points = " ".join(f"{value:.3f}" for value in record["curve"]["validation"])
-            print(
-                f"{job.name}: {points}; {scores}; {time.time() - begin:.0f} s; {left} left in {job.stage}", flush=True
-            )
+            self.say(f"{job.name}: {points}; {scores}; {time.time() - begin:.0f} s; {left} left in {job.stage}")
         return True
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / "progress.log").open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M} {text}\n")
 
     def _keep(self, record: Record) -> None:
         if record["key"] in self.records:
@@ -150,9 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plan:
         print(plan(runner))
         return 0
-    print(plan(runner), flush=True)
-    done = runner.run()
-    print("the study is complete" if done else "time is up: the same command goes on", flush=True)
+    runner.say(plan(runner))
+    runner.say("the study is complete" if runner.run() else "time is up: the same command goes on")
     return 0
 
 

@@ -205,6 +205,7 @@ def test_a_tiny_study_from_end_to_end(tmp_path, capsys):
     runner = runner_module.Runner(study, *folders, workers=1, until=float("inf"))
     assert runner.run()
     assert "pact-seed0: " in capsys.readouterr().out
+    assert "pact-seed0: " in (folders[1] / "progress.log").read_text()
     lines = {stage: (folders[0] / f"{stage}.jsonl").read_text().splitlines() for stage in STAGES if stage != "sft_coef"}
     assert [len(records) for records in lines.values()] == [1, 1, 1, 1]
     [arm] = map(json.loads, lines["arms"])
