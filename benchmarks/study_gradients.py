@@ -1,6 +1,6 @@
 """How the gradients of the objective's terms lie to each other, at the warm start of the study. It trains nothing.
 
-python benchmarks/study_gradients.py [--prompts 64] [--rollouts 24] [--model runs/study/runs/WARM/model]
+python benchmarks/study_gradients.py [--prompts 96] [--rollouts 24] [--model runs/study/runs/WARM/model]
 
 Rollouts of the same prompts give one gradient a term. The prompts are split in two halves: the cosine of a term between
 the halves says how much of it is noise; the cosine between two terms, over other halves and divided by the root of both
@@ -35,14 +35,16 @@ AT_ONCE = 4  # groups a backward
 PROGRESS = 0.0
 PLAIN = PactConfig(anchor_q=1.0, sft_coef=0.0, kl_coef=0.0, entropy_coef=0.0)
 TRACE = replace(PLAIN, anchor_q=0.0)
+BEHAVIOR = replace(TRACE, ratio_reference="behavior")
 TRUE = "prompt-only, outcome"  # the policy gradient of success itself
 TERMS: dict[str, tuple[str | None, PactConfig]] = {  # advantage (None: no rollouts) and objective
     TRUE: ("grpo", PLAIN),
     "prompt-only, turn-level": ("turn_level", PLAIN),
     "trace-conditioned, outcome": ("grpo", TRACE),
     "trace-conditioned, turn-level": ("turn_level", TRACE),
-    "trace-conditioned against behavior, outcome": ("grpo", replace(TRACE, ratio_reference="behavior")),
-    "trace-conditioned against behavior, turn-level": ("turn_level", replace(TRACE, ratio_reference="behavior")),
+    "against behavior, clip 0.2, turn-level": ("turn_level", BEHAVIOR),
+    "against behavior, clip_high 4, outcome": ("grpo", replace(BEHAVIOR, clip_high=4.0)),
+    "against behavior, clip_high 4, turn-level": ("turn_level", replace(BEHAVIOR, clip_high=4.0)),
     "component-aware SFT": (None, replace(PLAIN, sft_coef=1.0)),
 }
 
@@ -115,7 +117,7 @@ def measure(model_path: Path, study: Study, prompts: int, rollouts: int, seed: i
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--rollouts", type=int, default=24)
     parser.add_argument("--model", type=Path, default=None, help="default: the warm start of the study")
     parser.add_argument("--output", type=Path, default=None, help="default: results/study/gradients.json")
