@@ -56,10 +56,10 @@ class Runner:
         if not self._warm():
             return False
         for stage in STAGES[1:]:
-            jobs = self.missing(stage)
-            with ThreadPoolExecutor(self.workers) as pool:
-                if not all(list(pool.map(self._one, jobs))):
-                    return False
+            while jobs := self.missing(stage):  # tuning has two rounds
+                with ThreadPoolExecutor(self.workers) as pool:
+                    if not all(list(pool.map(self._one, jobs))):
+                        return False
         return True
 
     def _warm(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 STAGES = ("warm_start", "learning_rate", "sft_coef", "arms", "ablations")
 TUNING = ("learning_rate", "sft_coef")  # stages that tune the setting of their name
+FINALISTS = 2
 Record = dict[str, Any]
 
 
@@ -60,8 +61,8 @@ class Study:
 
     Args:
         name: of the YAML file; names the folders of its records and of its work.
-        config: ``settings`` of every run; ``warm_start``: its settings, ``seed``; ``seeds`` of tuning, arms and
-            ablations; ``tuning``: the values tried, by setting; ``evaluation``: by stage, name -> split;
+        config: ``settings`` of every run; ``warm_start``: its settings, ``seed``; ``seeds``: lists, of tuning, arms
+            and ablations; ``tuning``: the values tried, by setting; ``evaluation``: by stage, name -> split;
             ``arms`` and ``ablations``: name -> ``label``, ``settings`` (for an ablation, on top of those of the arm
             ``ablated``), and for an arm ``tune`` (settings) and ``from_arm`` (setting -> [arm, its tuned setting]).
 
@@ -112,19 +113,42 @@ class Study:
         return [self._job(stage, name, seed, values) for name in self.ablations for seed in seeds]
 
     def _tuning(self, stage: str, records: Mapping[str, Record]) -> list[Job]:
-        seed, jobs = self.config["seeds"]["tuning"], []
+        """Those that can be told by now."""
+        jobs = []
         for name, arm in self.arms.items():
             if stage in arm["tune"]:
-                before = self.chosen(name, records, until=stage)
-                jobs += [
-                    self._job(stage, name, seed, {**before, stage: value}) for value in self.config["tuning"][stage]
-                ]
+                trials = self.trials(stage, name, records)
+                jobs += [job for of_value in trials.values() for job in of_value if job.stage == stage]
         return jobs
+
+    def trials(self, stage: str, name: str, records: Mapping[str, Record]) -> dict[float, list[Job]]:
+        """The runs that tune a setting of an arm, by the value tried in rising order.
+
+        All values are tried with the first seed of tuning, the `FINALISTS` best of them (by `settled`) with the other
+        seeds too: one run of an unstable setting may be lucky.
+        """
+        before = self.chosen(name, records, until=stage)
+        first, *others = self.config["seeds"]["tuning"]
+        jobs = {
+            value: [self._trial(stage, name, before, value, first)] for value in sorted(self.config["tuning"][stage])
+        }
+        if all(of_value[0].key in records for of_value in jobs.values()):
+            best = sorted(jobs, key=lambda value: (-settled(records[jobs[value][0].key]), value))[:FINALISTS]
+            for value in best:
+                jobs[value] += [self._trial(stage, name, before, value, seed) for seed in others]
+        return jobs
+
+    def _trial(self, stage: str, name: str, before: Mapping[str, float], value: float, seed: int) -> Job:
+        """A run with ``value``: one of the stage before where the arm has had that value there."""
+        arm, earlier = self.arms[name], TUNING[: TUNING.index(stage)]
+        if earlier and earlier[-1] in arm["tune"] and arm["settings"].get(stage) == value:
+            return self._job(earlier[-1], name, seed, before)
+        return self._job(stage, name, seed, {**before, stage: value})
 
     def chosen(self, name: str, records: Mapping[str, Record], until: str | None = None) -> dict[str, float]:
         """The values of an arm that tuning chose, in the order of `TUNING`, those before ``until`` alone.
 
-        Chosen is the value with the best mean of the last two validation points, the smaller one of equals.
+        Chosen is the finalist with the best mean of `settled` over the seeds of tuning, the smaller one of equals.
         """
         values: dict[str, float] = {}
         for setting, (other, theirs) in self.arms[name].get("from_arm", {}).items():
@@ -133,13 +157,13 @@ class Study:
             if stage == until:
                 break
             if stage in self.arms[name]["tune"]:
-                scores = []
-                for value in sorted(self.config["tuning"][stage]):
-                    job = self._job(stage, name, self.config["seeds"]["tuning"], {**values, stage: value})
+                trials = self.trials(stage, name, records)
+                for job in (job for of_value in trials.values() for job in of_value):
                     if job.key not in records:
                         raise Unfinished(f"{job.name} comes first")
-                    scores.append((settled(records[job.key]), -value))
-                values[stage] = -max(scores)[1]
+                seeds = len(self.config["seeds"]["tuning"])
+                means = {value: score(jobs, records) for value, jobs in trials.items() if len(jobs) == seeds}
+                values[stage] = max(means, key=lambda value: (means[value], -value))
         return values
 
     def _job(self, stage: str, name: str, seed: int, values: Mapping[str, float]) -> Job:
@@ -153,6 +177,12 @@ class Study:
     def _evaluation(self, stage: str) -> Mapping[str, Any]:
         splits: Mapping[str, Any] = self.config["evaluation"].get(stage, {})
         return splits
+
+
+def score(jobs: Sequence[Job], records: Mapping[str, Record]) -> float:
+    """Mean of `settled` over the jobs that are on record."""
+    points = [settled(records[job.key]) for job in jobs if job.key in records]
+    return sum(points) / len(points)
 
 
 def settled(record: Record) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from study_plan import STAGES, TUNING, Record, Study, Unfinished, load_records, settled, unpack
+from study_plan import STAGES, TUNING, Record, Study, Unfinished, load_records, score, unpack
 
 HERE = Path(__file__).resolve().parent
 STUDIES = (HERE / "study.yaml", HERE / "smollm2.yaml")
@@ -147,22 +147,23 @@ def warm_table(study: Study, records: Mapping[str, Record]) -> str:
 
 
 def tuning_table(study: Study, records: Mapping[str, Record]) -> str:
-    """Mean of the last two validation points for every value tried; the chosen one in bold."""
+    """What every value tried gave, the mean over its seeds (their number where there are several); the chosen one in
+    bold."""
     rows = []
     for stage in TUNING:
         for name, arm in study.arms.items():
             if stage not in arm["tune"]:
                 continue
-            values = study.config["tuning"][stage]
             try:
-                jobs = [job for job in study.jobs(stage, records) if job.arm == name]
-                chosen = study.chosen(name, records)[stage]
+                trials, chosen = study.trials(stage, name, records), study.chosen(name, records)[stage]
             except Unfinished:
                 continue
-            cells = [f"{settled(records[job.key]):.3f}" for job in jobs]
-            marked = [f"**{cell}**" if value == chosen else cell for value, cell in zip(values, cells, strict=True)]
-            shown = ", ".join(f"{value:g}: {cell}" for value, cell in zip(values, marked, strict=True))
-            rows.append([arm["label"], stage, shown])
+            cells = []
+            for value, jobs in trials.items():
+                seeds = f" ({len(jobs)} seeds)" if len(jobs) > 1 else ""
+                cell = f"{score(jobs, records):.3f}"
+                cells.append(f"{value:g}: {f'**{cell}**' if value == chosen else cell}{seeds}")
+            rows.append([arm["label"], stage, ", ".join(cells)])
     return table(["arm", "tuned", "value: validation"], rows)
 
 
@@ -179,11 +180,11 @@ def final_table(study: Study, records: Mapping[str, Record]) -> str:
                 str(len(arm.runs)),
                 estimate(arm, "test"),
                 against,
-                estimate(arm, "unseen") if arm.has("unseen") else "",
+                *(estimate(arm, split) if arm.has(split) else "" for split in ("unseen", "longer")),
                 reliance(arm),
             ]
         )
-    return table(["arm", "seeds", "test", "PACT minus it, p", "unseen", "reliance on the trace"], rows)
+    return table(["arm", "seeds", "test", "PACT minus it, p", "unseen", "longer", "reliance on the trace"], rows)
 
 
 def _against(ours: Arm, arm: Arm) -> str:

@@ -65,7 +65,7 @@ def episodes(
     n: int,
     seed: int,
 ) -> list[list[Trajectory]]:
-    """``n`` episodes a task, sampled as in training."""
+    """``n`` episodes a task, sampled as in training; ``settings`` has its limits."""
     limits = RolloutLimits(settings["max_turns"], settings["max_turn_tokens"], settings["max_response_tokens"], None)
     return run_rollouts(env, tasks, engine, tokenizer, n=n, sampling=Sampling(1.0), limits=limits, seed=seed)
 
@@ -85,7 +85,8 @@ def evaluated(model: Path, job: Job) -> dict[str, Any]:
         if split.get("trace"):
             tasks = [with_trace(task, tokenizer) for task in tasks]
         n = split.get("rollouts", 1)
-        played = episodes(engine, env, tasks, tokenizer, job.settings, n, seed=job.seed)
+        limits = {**job.settings, **split.get("limits", {})}
+        played = episodes(engine, env, tasks, tokenizer, limits, n, seed=job.seed)
         success = np.array([[episode.score.metrics["success"] for episode in attempts] for attempts in played])
         flat = [episode for attempts in played for episode in attempts]
         found[name] = {

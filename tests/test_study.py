@@ -18,7 +18,7 @@ from study_plan import STAGES, Study, Unfinished, load_records, pack, unpack  # 
 CONFIG = {
     "settings": {"env": "toybox", "env_options": {"train": 8, "validation": 4, "test": 4}, "max_steps": 2},
     "warm_start": {"seed": 0, "settings": {"warm_start_steps": 2}},
-    "seeds": {"tuning": 9, "arms": [0, 1], "ablations": [0]},
+    "seeds": {"tuning": [9], "arms": [0, 1], "ablations": [0]},
     "tuning": {"learning_rate": [1e-4, 2e-4], "sft_coef": [0.3, 1.0]},
     "evaluation": {"arms": {"test": {"split": "test", "tasks": 4}}},
     "ablated": "pact",
@@ -67,6 +67,31 @@ def test_stages_wait_for_what_tuning_chooses():
     [ablation] = study.jobs("ablations", records)
     assert ablation.settings == {**arms[4].settings, "anchor_q": 0.0}
     assert len({job.key for job in [*coefs, *arms, ablation]}) == 9
+
+
+def test_a_lucky_seed_does_not_choose_the_learning_rate():
+    """The best rates with the first seed are tried with the others; the sum decides. Rates: lucky, steady, bad."""
+    tuning = {"learning_rate": [1e-4, 2e-4, 5e-4], "sft_coef": [0.3, 1.0]}
+    config = {**CONFIG, "seeds": {**CONFIG["seeds"], "tuning": [9, 10]}, "tuning": tuning}
+    config["arms"] = {"pact": {**CONFIG["arms"]["pact"], "settings": {"sft_coef": 1.0}}}
+    of_rate = {1e-4: {9: 0.1, 10: 0.9}, 2e-4: {9: 0.3, 10: 0.3}, 5e-4: {9: 0.4, 10: 0.1}}
+    study = Study(config)
+    tried = study.jobs("learning_rate", {})
+    assert [job.seed for job in tried] == [9, 9, 9]
+    records = done(tried, lambda job: of_rate[job.values["learning_rate"]][9])
+    with pytest.raises(Unfinished):
+        study.jobs("sft_coef", records)
+    second = [job for job in study.jobs("learning_rate", records) if job.key not in records]
+    assert [(job.values["learning_rate"], job.seed) for job in second] == [(2e-4, 10), (5e-4, 10)]
+    records |= done(second, lambda job: of_rate[job.values["learning_rate"]][10])
+    coefs = study.jobs("sft_coef", records)  # 1.0 is what the arm had when its rate was tuned
+    assert [(dict(job.values), job.seed) for job in coefs] == [({"learning_rate": 2e-4, "sft_coef": 0.3}, 9)]
+    records |= done(coefs, lambda job: 0.31)
+    [more] = [job for job in study.jobs("sft_coef", records) if job.key not in records]
+    assert more.seed == 10
+    records |= done([more], lambda job: 0.2)
+    assert study.chosen("pact", records) == {"learning_rate": 2e-4, "sft_coef": 1.0}
+    assert "0.0002: **0.300** (2 seeds), 0.0005: 0.250 (2 seeds)" in study_report.tuning_table(study, records)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +198,7 @@ TINY = {
         "report_to": "none",
     },
     "warm_start": {"seed": 0, "settings": {"warm_start_steps": 2, "warm_start_lr": 1e-3, "warm_start_batch_size": 2}},
-    "seeds": {"tuning": 9, "arms": [0], "ablations": [0]},
+    "seeds": {"tuning": [9], "arms": [0], "ablations": [0]},
     "tuning": {"learning_rate": [1e-3]},
     "evaluation": {
         "warm_start": {
@@ -183,7 +208,8 @@ TINY = {
         },
         "arms": {
             "test": {"split": "test", "tasks": 6},
-            "unseen": {"split": "test", "tasks": 3, "env_options": {"hops": [2, 2], "sides": ["upper", "lower"]}},
+            "unseen": {"split": "test", "tasks": 3, "env_options": {"sides": ["upper", "lower"]}},
+            "longer": {"split": "test", "tasks": 2, "env_options": {"hops": [2, 2]}, "limits": {"max_turns": 3}},
             "with_trace": {"split": "test", "tasks": 4, "trace": True},
         },
         "ablations": {
@@ -214,6 +240,7 @@ def test_a_tiny_study_from_end_to_end(tmp_path, capsys):
     assert {split: result["tasks"] for split, result in arm["final"].items()} == {
         "test": 6,
         "unseen": 3,
+        "longer": 2,
         "with_trace": 4,
     }
     [warm] = map(json.loads, lines["warm_start"])
