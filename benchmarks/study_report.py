@@ -192,17 +192,24 @@ def _against(ours: Arm, arm: Arm) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], p {p:.4f}"
 
 
+def whole_method(study: Study, records: Mapping[str, Record]) -> Arm | None:
+    """The arm that is ablated, with the seeds of the ablations."""
+    seeds = study.config["seeds"]["ablations"]
+    for arm in arms_of(study, records, "arms"):
+        if arm.name == study.config["ablated"]:
+            runs = [run for run in arm.runs if run["seed"] in seeds]
+            return Arm(arm.name, arm.label, runs) if runs else None
+    return None
+
+
 def ablation_table(study: Study, records: Mapping[str, Record]) -> str:
     """Every ablation beside the whole method with the same seeds."""
-    arms = arms_of(study, records, "arms")
-    ours = next((arm for arm in arms if arm.name == study.config["ablated"]), None)
-    rows = []
+    ours = whole_method(study, records)
+    rows = (
+        [] if ours is None else [["nothing changed", str(len(ours.runs)), estimate(ours, "test"), "", reliance(ours)]]
+    )
     for arm in arms_of(study, records, "ablations"):
-        same = None
-        if ours is not None:
-            seeds = {run["seed"] for run in arm.runs}
-            same = Arm(ours.name, ours.label, [run for run in ours.runs if run["seed"] in seeds])
-        against = "" if same is None or not same.runs else _against(same, arm)
+        against = "" if ours is None else _against(ours, arm)
         rows.append([arm.label, str(len(arm.runs)), estimate(arm, "test"), against, reliance(arm)])
     return table(["PACT with", "seeds", "test", "PACT minus it, p", "reliance on the trace"], rows)
 
@@ -291,6 +298,30 @@ def draw(study: Study, records: Mapping[str, Record], folder: Path) -> None:
         figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
 
 
+def draw_ablations(study: Study, records: Mapping[str, Record], folder: Path) -> None:
+    """Success on test of the whole method and of every ablation, with its interval."""
+    from matplotlib.figure import Figure
+
+    ours, ablations = whole_method(study, records), arms_of(study, records, "ablations")
+    if ours is None or not ablations:
+        return
+    arms = [ours, *ablations]
+    figure = Figure(figsize=(7, 0.28 * len(arms) + 1))
+    axes = figure.subplots()
+    for row, arm in enumerate(arms):
+        hits = arm.hits("test")
+        low, high = interval(bootstrap([hits], lambda mean: mean))
+        axes.plot([low, high], [row, row], color="C0")
+        axes.plot(hits.mean(), row, "o", color="C0")
+        axes.plot(hits.mean(axis=1), [row] * len(hits), "|", color="C0")
+    axes.axvline(ours.hits("test").mean(), color="gray", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(arms)), [arm.label for arm in arms], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("success on test tasks: mean, 95% interval, seeds")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(folder / "ablations.png", dpi=110, bbox_inches="tight")
+
+
 def validation_points(run: Record) -> list[tuple[float, float]]:
     return list(zip(run["curve"]["step"], run["curve"]["validation"], strict=True))
 
@@ -335,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(bool(stale))
     for study, of_study in zip(studies, records, strict=True):
         draw(study, of_study, study.records)
+        draw_ablations(study, of_study, study.records)
     print(f"{sum(map(len, records))} records, pages written: {', '.join(stale) or 'none, they were up to date'}")
     return 0
 

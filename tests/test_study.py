@@ -1,5 +1,6 @@
 """The study: its runs, what tuning chooses, what the tables say, and one study of tiny runs from end to end."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -259,7 +260,9 @@ def test_a_tiny_study_from_end_to_end(tmp_path, capsys):
     other = Study(study.config, "other")
     assert study_report.filled(text, other, again.records) == text  # marks of another study stay as they are
     study_report.draw(study, again.records, tmp_path)
+    study_report.draw_ablations(study, again.records, tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert (tmp_path / "ablations.png").stat().st_size > 5000
     assert runner_module.plan(again).splitlines()[-1].startswith("together")
 
 
@@ -269,6 +272,18 @@ def test_every_study_in_the_repository_is_one():
         assert study.records.parent.name == "results"
         assert study.name == study.work.name == path.stem
         assert study.jobs("warm_start", {})[0].settings["env"] == "toybox"
+
+
+def test_every_record_is_a_run_of_its_study():
+    """Runs of earlier settings do not stay among the records."""
+    for path in study_report.STUDIES:
+        study = Study.load(path)
+        records = load_records(sorted(study.records.glob("*.jsonl")))
+        wanted = set()
+        for stage in STAGES:
+            with contextlib.suppress(Unfinished):
+                wanted |= {job.key for job in study.jobs(stage, records)}
+        assert sorted(record["name"] for key, record in records.items() if key not in wanted) == []
 
 
 def test_pages_are_what_the_records_give():
