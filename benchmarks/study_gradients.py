@@ -45,6 +45,7 @@ TERMS: dict[str, tuple[str | None, PactConfig]] = {  # advantage (None: no rollo
     "against behavior, clip 0.2, turn-level": ("turn_level", BEHAVIOR),
     "against behavior, clip_high 4, outcome": ("grpo", replace(BEHAVIOR, clip_high=4.0)),
     "against behavior, clip_high 4, turn-level": ("turn_level", replace(BEHAVIOR, clip_high=4.0)),
+    "the same with clip_dual 3": ("turn_level", replace(BEHAVIOR, clip_high=4.0, clip_dual=3.0)),
     "component-aware SFT": (None, replace(PLAIN, sft_coef=1.0)),
 }
 

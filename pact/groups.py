@@ -50,6 +50,8 @@ class PactConfig:
         answer_weight: weight of the answer and other assistant prose. When it is above 0, those tokens also count in
             Z_sft, so that the supervised term stays a mean.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_dual: where the advantage is negative the ratio is clipped to this number, above 1, too (dual-clip PPO,
+            arXiv 1912.09729); None: not. With ``ratio_reference="behavior"`` it matters: see docs/method.md.
         kl_coef: factor of the k3 estimate of KL(pi || reference) under the same context; above 0 it needs ``ref_logp``.
         entropy_coef: factor of the entropy bonus.
         ratio_reference: denominator of the trace-conditioned ratio: "trace": old policy under the same context,
@@ -99,6 +101,7 @@ class PactConfig:
     mu_warmup: float = 0.0
     mu_decay: float = 1.0
     sft_token_weight: str = "none"
+    clip_dual: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -116,6 +119,8 @@ class PactConfig:
         for name in ("sft_coef", "answer_weight", "clip_high", "kl_coef"):
             _check_number(name, getattr(self, name))
         _check_number("entropy_coef", self.entropy_coef, low=-math.inf)
+        if self.clip_dual is not None:
+            _check_number("clip_dual", self.clip_dual, low=1.0, above=True)
         for name in ("temperature", "norm_length"):
             _check_number(name, getattr(self, name), above=True)
         if not isinstance(self.context_observations, bool):

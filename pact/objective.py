@@ -202,6 +202,7 @@ class PactObjective:
         options: dict[str, Any] = {
             "clip_low": config.clip_low,
             "clip_high": config.clip_high,
+            "clip_dual": config.clip_dual,
             "kl_coef": config.kl_coef,
             "entropy_coef": config.entropy_coef if batch.entropy else 0.0,  # no RL row, no entropy term
         }

@@ -57,7 +57,7 @@ TREE_POINTERS = dict.fromkeys(
 )
 HEAD_DIMS, GROUP = (64, 96, 128, 256), 4
 N_SHARES = 4  # of the builds of a target
-FLOATS = ("scale", "softcap", "clip_low", "clip_high", "kl_coef", "entropy_coef")
+FLOATS = ("scale", "softcap", "clip_low", "clip_high", "kl_coef", "entropy_coef", "clip_dual")
 
 
 @dataclass(frozen=True)

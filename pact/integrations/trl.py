@@ -290,8 +290,9 @@ def merged_config(args: GRPOConfig, config: PactConfig) -> PactConfig:
     """``config`` with all that ``args`` has a name for.
 
     That is ``temperature``, ``entropy_coef``, ``clip_low`` and ``clip_high`` (``epsilon``, ``epsilon_high``),
-    ``kl_coef`` (``beta``) and ``loss_norm`` (``loss_type``: "dapo", "grpo", or "dr_grpo" with ``norm_length`` from
-    ``max_completion_length``). So a script's own settings stay in force, and each is in one place.
+    ``clip_dual`` (``delta``), ``kl_coef`` (``beta``) and ``loss_norm`` (``loss_type``: "dapo", "grpo", or "dr_grpo"
+    with ``norm_length`` from ``max_completion_length``). So a script's own settings stay in force, and each is in one
+    place.
 
     Raises:
         ValueError: naming every setting of ``args`` that cannot be honoured, and every one of ``config`` that was set
@@ -302,7 +303,8 @@ def merged_config(args: GRPOConfig, config: PactConfig) -> PactConfig:
     shared: dict[str, tuple[Any, str]] = {
         "temperature": (args.temperature, "temperature"),
         "clip_low": (args.epsilon, "epsilon"),
-        "clip_high": (args.epsilon if args.epsilon_high is None else args.epsilon_high, "epsilon_high"),
+        "clip_high": (_epsilon_high(args), "epsilon_high"),
+        "clip_dual": (args.delta, "delta"),
         "kl_coef": (args.beta, "beta"),
         "entropy_coef": (args.entropy_coef, "entropy_coef"),
         "loss_norm": (loss_norm, "loss_type"),
@@ -319,13 +321,21 @@ def merged_config(args: GRPOConfig, config: PactConfig) -> PactConfig:
     return replace(config, **{name: value for name, (value, _) in shared.items()})
 
 
+def _epsilon_high(args: GRPOConfig) -> float:
+    return float(args.epsilon if args.epsilon_high is None else args.epsilon_high)
+
+
 def _refused(args: GRPOConfig, config: PactConfig) -> list[str]:
     """What of the settings PACT's loss cannot do, with what to set instead."""
     sampler = args.generation_kwargs if isinstance(args.generation_kwargs, dict) else {}
     rules = [
         (args.loss_type not in _LOSS_NORM, "loss_type", f"set {', '.join(_LOSS_NORM)}"),
         (args.importance_sampling_level != "token", "importance_sampling_level", "set 'token'"),
-        (args.delta is not None, "delta", "set None"),
+        (
+            args.delta is not None and args.delta < 1 + _epsilon_high(args),
+            "delta",
+            "set None, or at least 1 + epsilon_high: PACT's dual clip is of negative advantages alone",
+        ),
         (args.off_policy_mask_threshold is not None, "off_policy_mask_threshold", "set None"),
         (args.top_entropy_quantile < 1.0, "top_entropy_quantile", "set 1.0"),
         (args.use_adaptive_entropy, "use_adaptive_entropy", "set False and a fixed entropy_coef"),

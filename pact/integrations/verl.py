@@ -38,6 +38,7 @@ class ActorLoss:
 
     Args:
         clip_low, clip_high: ``clip_ratio_low``, ``clip_ratio_high``; each defaults to ``clip_ratio``.
+        clip_dual: ``clip_ratio_c``: how far up the ratio of a token with negative advantage may go.
         kl_coef: ``kl_loss_coef`` with ``use_kl_loss``, else 0.
         entropy_coef: ``entropy_coeff``.
         aggregation: ``loss_agg_mode``, in verl's words.
@@ -55,6 +56,7 @@ class ActorLoss:
     aggregation: str = "token-mean"
     scale: float | None = None
     backend: str = "auto"
+    clip_dual: float | None = None
 
     def __post_init__(self) -> None:
         if self.aggregation not in _AGGREGATIONS:
@@ -75,6 +77,7 @@ class ActorLoss:
         return cls(
             clip_low=clip if config.clip_ratio_low is None else config.clip_ratio_low,
             clip_high=clip if config.clip_ratio_high is None else config.clip_ratio_high,
+            clip_dual=config.get("clip_ratio_c", 3.0),  # verl's own default
             kl_coef=config.kl_loss_coef if use_kl else 0.0,
             entropy_coef=config.entropy_coeff,
             aggregation=aggregation or config.loss_agg_mode,
@@ -162,6 +165,7 @@ def padded_loss(
         entropy=None if entropy is None else entropy.to(log_prob.dtype)[chosen_BT],
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
+        clip_dual=settings.clip_dual,
         kl_coef=settings.kl_coef,
         entropy_coef=settings.entropy_coef,
         backend=settings.backend,
@@ -198,7 +202,7 @@ def policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The RL term as one of verl's policy losses (`register`): the ratio's clip is PACT's, without a dual clip.
+    """The RL term as one of verl's policy losses (`register`): PACT's clip, with ``clip_ratio_c`` as its dual clip.
 
     verl hands a policy loss neither supervised rows nor branch weights, and adds KL and entropy itself: this is all
     that ``anchor_mode="sample"`` with ``sft_coef=0`` needs. The whole of PACT is `actor_loss`.
@@ -206,7 +210,8 @@ def policy_loss(
     info = config.global_batch_info
     scale = info.get("loss_scale_factor") or response_mask.shape[-1]  # verl's own default
     options = ActorLoss.of(config)
-    settings = ActorLoss(options.clip_low, options.clip_high, aggregation=loss_agg_mode, scale=scale)
+    clip = {"clip_low": options.clip_low, "clip_high": options.clip_high, "clip_dual": options.clip_dual}
+    settings = ActorLoss(**clip, aggregation=loss_agg_mode, scale=scale)
     columns = {"response_mask": response_mask, "old_log_probs": old_log_prob, "advantages": advantages}
     if rollout_is_weights is not None:
         columns["rollout_is_weights"] = rollout_is_weights
@@ -221,8 +226,11 @@ def policy_loss(
     tokens = response_mask.sum().clamp(min=1)
     moved = ((old_log_prob - log_prob.detach()) * response_mask).sum() / tokens
     clipped = result.metrics["clipped"].sum() / tokens
+    bad = (advantages < 0) & ((log_prob.detach() - old_log_prob).exp() > options.clip_dual)
+    dual = (bad * response_mask).sum() / tokens
     return result.loss * info.get("dp_size", 1), {
-        "actor/pg_clipfrac": clipped.item(),
+        "actor/pg_clipfrac": (clipped - dual).item(),
+        "actor/pg_clipfrac_lower": dual.item(),  # verl's name for the dual clip
         "actor/ppo_kl": moved.item(),
     }
 

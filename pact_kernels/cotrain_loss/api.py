@@ -26,13 +26,15 @@ def cotrain_loss(
     clip_high: float = 0.2,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
+    clip_dual: float | None = None,
     backend: str = "auto",
 ) -> CoTrainResult:
     """The co-training loss ``sum_i weight_i l_i`` of rows whose log-probs are known (DESIGN sections 1 and 3).
 
     ``l_RL = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef (e^d - d - 1) - entropy_coef H`` with
-    ``r = exp(logp - old_logp)``, ``d = ref_logp - logp``; ``l_SFT = -logp``. Differentiable once, in logp and entropy;
-    the terms are constants. A row of weight 0 adds nothing, even where its loss is not finite.
+    ``r = exp(logp - old_logp)``, ``d = ref_logp - logp``; ``l_SFT = -logp``. With ``clip_dual`` = c the first term is
+    at most ``-c A`` where A < 0 (dual-clip PPO, arXiv 1912.09729). Differentiable once, in logp and entropy; the terms
+    are constants. A row of weight 0 adds nothing, even where its loss is not finite.
 
     Args:
         logp: [N] float32 or float64, nats.
@@ -41,6 +43,8 @@ def cotrain_loss(
         clip_low, clip_high: how far below and above 1 the ratio may go.
         kl_coef: coefficient of the k3 KL to ``ref_logp``, RL rows only.
         entropy_coef: coefficient of the entropy bonus, RL rows only.
+        clip_dual: how far above 1 the ratio of a row with A < 0 may go, above 1; None: without limit. Where
+            ``old_logp`` is of another policy than the one that is trained, such rows else outweigh all others.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -66,7 +70,7 @@ def cotrain_loss(
     chosen = resolve_backend("cotrain_loss", backend, BUILT)
     if chosen == "triton":
         require_triton("cotrain_loss", logp.device)
-    options = LossOptions(clip_low, clip_high, kl_coef, entropy_coef)
+    options = LossOptions(clip_low, clip_high, kl_coef, entropy_coef, math.inf if clip_dual is None else clip_dual)
     _check_options(options, terms)
     _check_rows("logp", logp, terms)
     if entropy is not None:
@@ -107,6 +111,7 @@ def linear_cotrain_loss(
     clip_high: float = 0.2,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
+    clip_dual: float | None = None,
     backend: str = "auto",
 ) -> CoTrainResult:
     """``cotrain_loss`` of ``linear_logprob(hidden, weight, terms.target, ...)``, fused: the fast path.
@@ -118,7 +123,7 @@ def linear_cotrain_loss(
     Args:
         entropy: whether the metrics shall have the entropies even where entropy_coef is 0.
         hidden, weight, rows, bias, temperature, softcap: see ``linear_logprob``.
-        terms, clip_low, clip_high, kl_coef, entropy_coef: see ``cotrain_loss``.
+        terms, clip_low, clip_high, kl_coef, entropy_coef, clip_dual: see ``cotrain_loss``.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Raises:
@@ -127,7 +132,7 @@ def linear_cotrain_loss(
     chosen = resolve_backend("linear_cotrain_loss", backend, BUILT)
     if chosen == "triton":
         require_triton("linear_cotrain_loss", hidden.device)
-    options = LossOptions(clip_low, clip_high, kl_coef, entropy_coef)
+    options = LossOptions(clip_low, clip_high, kl_coef, entropy_coef, math.inf if clip_dual is None else clip_dual)
     _check_options(options, terms)
     head = check_head(hidden, weight, terms.target, rows, bias, temperature, softcap, scan=chosen == "torch")
     with_entropy = entropy or entropy_coef != 0
@@ -173,7 +178,7 @@ def _columns(terms: TokenTerms) -> tuple[Tensor | None, ...]:
 
 
 def _coefficients(options: LossOptions) -> list[float]:
-    return [options.clip_low, options.clip_high, options.kl_coef, options.entropy_coef]
+    return [options.clip_low, options.clip_high, options.kl_coef, options.entropy_coef, options.clip_dual]
 
 
 def _by_name(metrics: Tensor) -> dict[str, Tensor]:
@@ -187,6 +192,8 @@ def _check_options(options: LossOptions, terms: TokenTerms) -> None:
         raise ValueError(f"clip_low must lie in 0..1, got {options.clip_low}")
     if not options.clip_high >= 0:
         raise ValueError(f"clip_high must not be negative, got {options.clip_high}")
+    if not options.clip_dual > 1:
+        raise ValueError(f"clip_dual must be above 1, or None for no limit, got {options.clip_dual}")
     for name, value in (("kl_coef", options.kl_coef), ("entropy_coef", options.entropy_coef)):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")

@@ -106,7 +106,7 @@ def cotrain_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, c [N] and e [N or 0] of float32 log-probs.
 
-    ``coefficients``: clip_low, clip_high, kl_coef, entropy_coef.
+    ``coefficients``: clip_low, clip_high, kl_coef, entropy_coef, clip_dual.
     """
     columns = _columns(old_logp, advantage, weight, kind, component, branch, ref_logp)
     logp = logp.contiguous()

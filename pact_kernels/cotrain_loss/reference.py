@@ -17,12 +17,17 @@ def cotrain_loss_reference(
     clip_high: float = 0.2,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
+    clip_dual: float | None = None,
 ) -> CoTrainResult:
     """``sum_i weight_i l_i`` and its metrics, differentiable any number of times, in the dtype of ``logp``."""
     is_rl = terms.kind == RL
     ratio = torch.exp(logp - (logp.detach() if terms.old_logp is None else terms.old_logp))
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * terms.advantage, clipped_ratio * terms.advantage)
+    plain = ratio * terms.advantage
+    surrogate = torch.minimum(plain, clipped_ratio * terms.advantage)
+    if clip_dual is not None:
+        floor = clip_dual * terms.advantage
+        surrogate = torch.where(terms.advantage < 0, torch.maximum(surrogate, floor), surrogate)
     rl_loss = -surrogate
     k3 = torch.zeros_like(logp)
     if terms.ref_logp is not None:
@@ -38,7 +43,7 @@ def cotrain_loss_reference(
 
     weighted = torch.zeros_like(logp)
     weighted[live] = terms.weight[live].to(logp.dtype) * row_loss[live]
-    is_clipped = surrogate < ratio * terms.advantage
+    is_clipped = (surrogate < plain) | (surrogate > plain)
     zero = torch.zeros_like(logp)
     columns = {
         "tokens": torch.ones_like(logp),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ _CELLS = (N_KINDS, N_BRANCHES, N_COMPONENTS)
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Coefficients of the RL term; the clip keeps the ratio within ``[1 - clip_low, 1 + clip_high]``."""
+    """Coefficients of the RL term; the clip keeps the ratio within ``[1 - clip_low, 1 + clip_high]``, and below
+    ``clip_dual`` where the advantage is negative."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    clip_dual: float = math.inf
 
 
 class Rows(NamedTuple):
@@ -69,10 +72,12 @@ def row_loss(logp: Tensor, entropy: Tensor | None, rows: Rows, options: LossOpti
     old_logp = logp if rows.old_logp is None else rows.old_logp
     ratio = torch.where(rows.is_rl, torch.exp(logp - old_logp), zero)
     gains = rows.is_rl & (rows.advantage != 0)
-    too_high = (rows.advantage > 0) & (ratio > 1 + options.clip_high)
-    too_low = (rows.advantage < 0) & (ratio < 1 - options.clip_low)
-    clipped = gains & (too_high | too_low)
-    kept_ratio = torch.where(clipped, ratio.clamp(1 - options.clip_low, 1 + options.clip_high), ratio)
+    kept_ratio = torch.where(
+        rows.advantage > 0,
+        ratio.clamp(max=1 + options.clip_high),
+        ratio.clamp(1 - options.clip_low, options.clip_dual),
+    )
+    clipped = gains & ((kept_ratio < ratio) | (kept_ratio > ratio))
     loss = torch.where(gains, -kept_ratio * rows.advantage, zero)
     dlogp = torch.where(clipped, zero, loss)  # d(-r A)/dlogp = -r A
 

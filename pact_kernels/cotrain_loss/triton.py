@@ -11,7 +11,7 @@ from pact_kernels.primitives import exp_minus_line
 @triton.jit(do_not_specialize=["n_select"])
 def cotrain_rows_kernel(
     p_select, p_logp, p_entropy, p_old, p_advantage, p_weight, p_kind, p_component, p_branch, p_ref,
-    p_dlogp, p_dentropy, p_sums, n_select, clip_low, clip_high, kl_coef, entropy_coef,
+    p_dlogp, p_dentropy, p_sums, n_select, clip_low, clip_high, kl_coef, entropy_coef, clip_dual,
     HAS_ENTROPY: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_COMPONENT: tl.constexpr,
     HAS_BRANCH: tl.constexpr, SUMS: tl.constexpr, N_BRANCHES: tl.constexpr, N_COMPONENTS: tl.constexpr,
     CELLS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -37,8 +37,10 @@ def cotrain_rows_kernel(
     m_gains = m_rl & (b_advantage != 0)
     m_high = (b_advantage > 0) & (b_ratio > 1 + clip_high)
     m_low = (b_advantage < 0) & (b_ratio < 1 - clip_low)
-    m_clipped = m_gains & (m_high | m_low)
-    b_kept = tl.where(m_clipped, tl.where(m_high, 1 + clip_high, 1 - clip_low), b_ratio)
+    m_bad = (b_advantage < 0) & (b_ratio > clip_dual)
+    m_clipped = m_gains & (m_high | m_low | m_bad)
+    b_edge = tl.where(m_high, 1 + clip_high, tl.where(m_bad, clip_dual, 1 - clip_low))
+    b_kept = tl.where(m_clipped, b_edge, b_ratio)
     b_loss = tl.where(m_gains, -b_kept * b_advantage, 0.0)
     b_dlogp = tl.where(m_clipped, 0.0, b_loss)
     b_kl = tl.zeros_like(b_logp)

@@ -87,7 +87,10 @@ def rollout_loss(model, group, rollout, branch, config):
         old = logp[t].detach() if rollout.old_logp is None else rollout.old_logp[reference][t]
         ratio = torch.exp(logp[t] - old)
         clipped = torch.clamp(ratio, 1 - config.clip_low, 1 + config.clip_high)
-        total = total - torch.minimum(ratio * rollout.advantage[t], clipped * rollout.advantage[t])
+        surrogate = torch.minimum(ratio * rollout.advantage[t], clipped * rollout.advantage[t])
+        if config.clip_dual is not None and rollout.advantage[t] < 0:
+            surrogate = torch.maximum(surrogate, torch.as_tensor(config.clip_dual * rollout.advantage[t]))
+        total = total - surrogate
         if config.kl_coef:
             d = rollout.ref_logp[branch][t] - logp[t]
             total = total + config.kl_coef * (torch.exp(d) - d - 1)

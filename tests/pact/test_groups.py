@@ -45,6 +45,7 @@ def test_ways_to_anneal_reasoning_are_settings(anneal):
         ("answer_weight", -0.1),
         ("clip_low", 1.2),
         ("clip_high", -0.2),
+        ("clip_dual", 1.0),
         ("kl_coef", -0.001),
         ("entropy_coef", math.inf),
         ("ratio_reference", "old"),

@@ -82,6 +82,7 @@ CASES = {
     "sequence mean": (make_config(loss_norm="sequence", anchor_mode="mixture"), 0.3, True),
     "constant": (make_config(loss_norm="constant", norm_length=7), 0.3, True),
     "uneven clip": (make_config(clip_low=0.05, clip_high=0.4), 0.3, True),
+    "dual clip": (make_config(ratio_reference="behavior", clip_high=1.0, clip_dual=1.2), 0.3, True),
     "linear reasoning": (make_config(reasoning_anneal="linear", tool_call_weight=(1.0, 0.0)), 0.3, True),
     "token reasoning": (make_config(reasoning_anneal="token"), 0.3, True),
     "token reasoning, late": (make_config(reasoning_anneal="token", answer_weight=0.5), 0.7, False),

@@ -483,7 +483,7 @@ def test_the_correction_for_vllm_is_trls(mode, tmp_path, in_order):
 REFUSED = {
     "loss_type": "bnpo",
     "importance_sampling_level": "sequence",
-    "delta": 2.0,
+    "delta": 1.1,
     "off_policy_mask_threshold": 0.5,
     "top_entropy_quantile": 0.5,
     "use_adaptive_entropy": True,
@@ -506,7 +506,7 @@ def test_settings_that_cannot_be_honoured_are_refused(name, tmp_path):
 
 
 def test_one_message_names_them_all(tmp_path):
-    args = settings(tmp_path, delta=2.0, beta=0.1, loss_type="sapo", entropy_coef=0.1)
+    args = settings(tmp_path, delta=1.1, beta=0.1, loss_type="sapo", entropy_coef=0.1)
     with pytest.raises(ValueError) as error:
         merged_config(args, PactConfig(temperature=0.5, kl_coef=0.2, token_budget=4096))
     for name in (
@@ -523,10 +523,17 @@ def test_one_message_names_them_all(tmp_path):
 
 def test_settings_are_read_from_trls(tmp_path):
     args = settings(
-        tmp_path, temperature=0.7, epsilon=0.1, epsilon_high=0.3, loss_type="dr_grpo", max_completion_length=64
+        tmp_path,
+        temperature=0.7,
+        epsilon=0.1,
+        epsilon_high=0.3,
+        delta=2.0,
+        loss_type="dr_grpo",
+        max_completion_length=64,
     )
     config = merged_config(args, PactConfig(anchor_q=0.3, temperature=0.7))
     assert (config.temperature, config.clip_low, config.clip_high, config.anchor_q) == (0.7, 0.1, 0.3, 0.3)
+    assert config.clip_dual == 2.0
     assert (config.kl_coef, config.entropy_coef) == (0.0, 0.0)  # TRL's defaults, not PACT's
     assert (config.loss_norm, config.norm_length) == ("constant", 64.0)
 

@@ -185,17 +185,20 @@ def test_policy_loss_is_a_padded_loop(mode):
     mask = torch.tensor([[1] * 6, [1, 0, 1, 1, 0, 0], [0] * 6, [0, 1, 1, 0, 0, 0]])
     correction = torch.rand(4, 6, dtype=torch.float64)
     info = {"dp_size": 2, "batch_num_tokens": 30, "global_batch_size": 8, "loss_scale_factor": None}
-    loss, metrics = policy_loss(old, log_prob, advantage, mask, mode, actor_config(global_batch_info=info), correction)
+    config = actor_config(global_batch_info=info, clip_ratio_c=1.1)
+    loss, metrics = policy_loss(old, log_prob, advantage, mask, mode, config, correction)
     total = 0.0
     for b in range(4):
         tokens = [t for t in range(6) if mask[b, t]]
         for t in tokens:
             ratio, a = (log_prob[b, t] - old[b, t]).exp().item(), advantage[b, t].item()
-            value = -min(ratio * a, min(max(ratio, 0.8), 1.2) * a) * correction[b, t].item()
+            surrogate = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+            value = -(max(surrogate, 1.1 * a) if a < 0 else surrogate) * correction[b, t].item()
             per_sequence = 8 * len(tokens) if mode == "seq-mean-token-mean" else 8
             total += value / {"token-mean": 30, "token-sum": 1}.get(mode, per_sequence)
     assert loss.item() == pytest.approx(2 * total, rel=1e-6)
     assert 0 < metrics["actor/pg_clipfrac"] < 1
+    assert metrics["actor/pg_clipfrac_lower"] > 0
 
 
 def actor_config(**changes):
@@ -217,7 +220,8 @@ def actor_config(**changes):
 
 def test_settings_are_read_and_refused():
     actor = ActorLoss.of(actor_config(clip_ratio_high=0.3, use_kl_loss=True, kl_loss_coef=0.01, entropy_coeff=0.002))
-    assert actor == ActorLoss(0.2, 0.3, 0.01, 0.002)
+    assert actor == ActorLoss(0.2, 0.3, 0.01, 0.002, clip_dual=3.0)
+    assert ActorLoss.of(actor_config(clip_ratio_c=5.0)).clip_dual == 5.0
     with pytest.raises(ValueError, match=r"kl_loss_type='mse'.*low_var_kl"):
         ActorLoss.of(actor_config(use_kl_loss=True, kl_loss_type="mse"))
     with pytest.raises(ValueError, match="loss_agg_mode='mean' is not one of"):

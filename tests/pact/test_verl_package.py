@@ -54,7 +54,7 @@ def test_the_fused_head_in_verls_engine(tmp_path):
 @pytest.mark.parametrize(
     "mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 )
-def test_policy_loss_is_vanilla_where_the_dual_clip_is_out_of_reach(mode):
+def test_policy_loss_is_vanilla(mode):
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.workers.config import FSDPActorConfig
 
@@ -62,7 +62,7 @@ def test_policy_loss_is_vanilla_where_the_dual_clip_is_out_of_reach(mode):
 
     register()
     torch.manual_seed(3)
-    config = FSDPActorConfig(rollout_n=2, ppo_micro_batch_size_per_gpu=1, clip_ratio_high=0.3, clip_ratio_c=1e9)
+    config = FSDPActorConfig(rollout_n=2, ppo_micro_batch_size_per_gpu=1, clip_ratio_high=0.3, clip_ratio_c=1.5)
     log_prob = torch.randn(5, 7, dtype=torch.float64) - 2
     arguments = {
         "old_log_prob": log_prob + 0.5 * torch.randn(5, 7),
@@ -85,6 +85,7 @@ def test_policy_loss_is_vanilla_where_the_dual_clip_is_out_of_reach(mode):
         torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
         for name, value in ours.items():
             assert value == pytest.approx(theirs[name], abs=1e-6)
+        assert ours["actor/pg_clipfrac_lower"] > 0
 
 
 # ---- the agent loop ---------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def check(case: dict) -> None:
     problem.check(partial(linear_logprob, backend="triton"), problem.scale())
 
     terms = make_terms(problem.exact_logp().float().cpu(), problem.target.cpu(), seed=case["seed"]).to(DEVICE)
-    options = {"clip_low": 0.15, "clip_high": 0.3, "kl_coef": kl_coef, "entropy_coef": entropy_coef}
+    options = {"clip_low": 0.15, "clip_high": 0.3, "kl_coef": kl_coef, "entropy_coef": entropy_coef, "clip_dual": 1.5}
     logp = problem.exact_logp().requires_grad_()
     entropy = torch.zeros_like(logp).requires_grad_()
     loss = cotrain_loss_reference(logp, to_double(terms), entropy=entropy, **options).loss

@@ -16,8 +16,8 @@ from pact_kernels.linear_logprob.reference import linear_logprob_reference
 from pact_kernels.terms import PROMPT_BRANCH, RL, SFT, TRACE_BRANCH, TokenTerms
 
 EPS = torch.finfo(torch.float32).eps
-FULL = {"clip_low": 0.15, "clip_high": 0.3, "kl_coef": 0.05, "entropy_coef": 0.02}
-COEFFICIENTS = [{}, {"kl_coef": 0.05}, {"entropy_coef": 0.02}, FULL]
+FULL = {"clip_low": 0.15, "clip_high": 0.3, "kl_coef": 0.05, "entropy_coef": 0.02, "clip_dual": 1.5}
+COEFFICIENTS = [{}, {"clip_dual": 1.5}, {"kl_coef": 0.05}, {"entropy_coef": 0.02}, FULL]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def make_terms(logp: Tensor, target: Tensor | None = None, seed: int = 0) -> Tok
     g = torch.Generator().manual_seed(seed)
     n, dtype = logp.numel(), logp.dtype
     log_ratio = 0.4 * torch.randn(n, generator=g, dtype=dtype)
-    for edge in (0.7, 0.8, 0.85, 1.2, 1.3):
+    for edge in (0.7, 0.8, 0.85, 1.2, 1.3, 1.5):
         log_ratio[(log_ratio.exp() - edge).abs() < 1e-3] = 0.0
     return TokenTerms(
         target=torch.zeros(n, dtype=torch.int32) if target is None else target,
@@ -106,6 +106,7 @@ def test_error_rule(n: int, options: dict) -> None:
 @pytest.mark.parametrize(
     ("advantage", "ratio", "loss", "slope"),
     [
+        (-2.0, 5.0, 10.0, 10.0),  # bad and far up: passes without a dual clip
         (2.0, 1.1, -2.2, -2.2),  # within the clip
         (2.0, 1.3, -2.4, 0.0),  # good and already far up: held at 1.2
         (2.0, 0.5, -1.0, -1.0),  # good but fallen: passes
@@ -118,6 +119,26 @@ def test_clip(advantage: float, ratio: float, loss: float, slope: float) -> None
     logp, terms = one_row(RL, math.log(ratio), advantage=advantage)
     for op in (cotrain_loss, cotrain_loss_reference):
         result = op(logp, terms)
+        assert result.loss.item() == pytest.approx(loss)
+        assert torch.autograd.grad(result.loss, logp)[0].item() == pytest.approx(slope)
+        assert result.metrics["clipped"].sum() == (slope == 0.0 and advantage != 0.0)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "slope"),
+    [
+        (-2.0, 5.0, 6.0, 0.0),  # bad and far up: held at 3
+        (-2.0, 2.9, 5.8, 5.8),
+        (-2.0, 0.5, 1.6, 0.0),  # the other edges stay
+        (2.0, 5.0, -2.4, 0.0),
+        (2.0, 1.1, -2.2, -2.2),
+        (0.0, 5.0, 0.0, 0.0),
+    ],
+)
+def test_dual_clip(advantage: float, ratio: float, loss: float, slope: float) -> None:
+    logp, terms = one_row(RL, math.log(ratio), advantage=advantage)
+    for op in (cotrain_loss, cotrain_loss_reference):
+        result = op(logp, terms, clip_dual=3.0)
         assert result.loss.item() == pytest.approx(loss)
         assert torch.autograd.grad(result.loss, logp)[0].item() == pytest.approx(slope)
         assert result.metrics["clipped"].sum() == (slope == 0.0 and advantage != 0.0)
@@ -353,6 +374,8 @@ def test_fused_without_rows() -> None:
         ({"kl_coef": 0.1}, ValueError, "RL rows have no ref_logp"),
         ({"clip_low": -0.1}, ValueError, "clip_low must lie in 0..1"),
         ({"clip_high": -0.1}, ValueError, "clip_high must not be negative"),
+        ({"clip_dual": 1.0}, ValueError, "clip_dual must be above 1, or None"),
+        ({"clip_dual": math.nan}, ValueError, "clip_dual must be above 1"),
         ({"kl_coef": math.nan}, ValueError, "kl_coef must be finite"),
         ({"terms": {}}, TypeError, "terms must be TokenTerms"),
     ],

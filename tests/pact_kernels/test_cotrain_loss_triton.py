@@ -186,7 +186,7 @@ def test_operator_registration() -> None:
     head, target, terms = head_and_terms(20, torch.float32, HEADS[-1])
     hidden, weight, bias = (head[name].requires_grad_() for name in ("hidden", "weight", "bias"))
     columns = (terms.old_logp, terms.advantage, terms.weight, terms.kind, terms.component, terms.branch, terms.ref_logp)
-    coefficients = [0.2, 0.2, 0.01, 0.01]
+    coefficients = [0.2, 0.2, 0.01, 0.01, 1.5]
     logp = torch.full((20,), -3.0, device=DEVICE).requires_grad_()
     entropy = torch.full((20,), 2.0, device=DEVICE).requires_grad_()
     torch.library.opcheck(ops.cotrain_loss_op, (logp, entropy, *columns, coefficients))
