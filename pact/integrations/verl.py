@@ -6,6 +6,7 @@ Tensors and token ids only; what subclasses verl is `pact.integrations.verl_plug
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -210,8 +211,13 @@ def policy_loss(
     info = config.global_batch_info
     scale = info.get("loss_scale_factor") or response_mask.shape[-1]  # verl's own default
     options = ActorLoss.of(config)
-    clip = {"clip_low": options.clip_low, "clip_high": options.clip_high, "clip_dual": options.clip_dual}
-    settings = ActorLoss(**clip, aggregation=loss_agg_mode, scale=scale)
+    settings = ActorLoss(
+        options.clip_low,
+        options.clip_high,
+        clip_dual=options.clip_dual,
+        aggregation=loss_agg_mode,
+        scale=scale,
+    )
     columns = {"response_mask": response_mask, "old_log_probs": old_log_prob, "advantages": advantages}
     if rollout_is_weights is not None:
         columns["rollout_is_weights"] = rollout_is_weights
@@ -226,7 +232,8 @@ def policy_loss(
     tokens = response_mask.sum().clamp(min=1)
     moved = ((old_log_prob - log_prob.detach()) * response_mask).sum() / tokens
     clipped = result.metrics["clipped"].sum() / tokens
-    bad = (advantages < 0) & ((log_prob.detach() - old_log_prob).exp() > options.clip_dual)
+    limit = math.inf if options.clip_dual is None else options.clip_dual
+    bad = (advantages < 0) & ((log_prob.detach() - old_log_prob).exp() > limit)
     dual = (bad * response_mask).sum() / tokens
     return result.loss * info.get("dp_size", 1), {
         "actor/pg_clipfrac": (clipped - dual).item(),
