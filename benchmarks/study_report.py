@@ -83,6 +83,11 @@ def difference(one: Arm, other: Arm, split: str) -> tuple[float, float, float, f
     return float(pair[0].mean() - pair[1].mean()), *interval(resampled), p_value(resampled)
 
 
+def calls(arm: Arm) -> str:
+    """Tool calls an episode on test tasks: who tries again makes more."""
+    return f"{np.mean([run['final']['test']['calls'] for run in arm.runs]):.1f}"
+
+
 def reliance(arm: Arm) -> str:
     """Success with the trace in the prompt minus without, on the tasks of the former."""
     given = arm.hits("with_trace")
@@ -182,9 +187,19 @@ def final_table(study: Study, records: Mapping[str, Record]) -> str:
                 against,
                 *(estimate(arm, split) if arm.has(split) else "" for split in ("unseen", "longer")),
                 reliance(arm),
+                calls(arm),
             ]
         )
-    return table(["arm", "seeds", "test", "PACT minus it, p", "unseen", "longer", "reliance on the trace"], rows)
+    head = ["arm", "seeds", "test", "PACT minus it, p", "unseen", "longer", "reliance on the trace", "calls an episode"]
+    return table(head, rows)
+
+
+def summary_table(study: Study, records: Mapping[str, Record]) -> str:
+    """The arms in short, for a page on something else."""
+    rows = [
+        [arm.label, *(estimate(arm, split) for split in ("test", "unseen"))] for arm in arms_of(study, records, "arms")
+    ]
+    return table(["arm", "test", "unseen tools"], rows)
 
 
 def _against(ours: Arm, arm: Arm) -> str:
@@ -205,13 +220,14 @@ def whole_method(study: Study, records: Mapping[str, Record]) -> Arm | None:
 def ablation_table(study: Study, records: Mapping[str, Record]) -> str:
     """Every ablation beside the whole method with the same seeds."""
     ours = whole_method(study, records)
-    rows = (
-        [] if ours is None else [["nothing changed", str(len(ours.runs)), estimate(ours, "test"), "", reliance(ours)]]
-    )
-    for arm in arms_of(study, records, "ablations"):
-        against = "" if ours is None else _against(ours, arm)
-        rows.append([arm.label, str(len(arm.runs)), estimate(arm, "test"), against, reliance(arm)])
-    return table(["PACT with", "seeds", "test", "PACT minus it, p", "reliance on the trace"], rows)
+    if ours is None:
+        return "not run yet\n"
+    rows = []
+    for arm in [ours, *arms_of(study, records, "ablations")]:
+        label, against = ("nothing changed", "") if arm is ours else (arm.label, _against(ours, arm))
+        rows.append([label, str(len(arm.runs)), estimate(arm, "test"), against, reliance(arm), calls(arm)])
+    head = ["PACT with", "seeds", "test", "PACT minus it, p", "reliance on the trace", "calls an episode"]
+    return table(head, rows)
 
 
 def cost_table(study: Study, records: Mapping[str, Record]) -> str:
@@ -256,6 +272,7 @@ TABLES: dict[str, Callable[[Study, Mapping[str, Record]], str]] = {
     "warm": warm_table,
     "tuning": tuning_table,
     "final": final_table,
+    "summary": summary_table,
     "ablations": ablation_table,
     "cost": cost_table,
     "gradients": gradient_table,
