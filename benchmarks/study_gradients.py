@@ -1,4 +1,5 @@
-"""How the gradients of the objective's terms lie to each other, at the warm start of the study. It trains nothing.
+"""How the gradients of the terms lie to each other, how likely rollouts are under the trace: at the study's warm start.
+It trains nothing.
 
 python benchmarks/study_gradients.py [--prompts 96] [--rollouts 24] [--model runs/study/runs/WARM/model]
 
@@ -28,6 +29,7 @@ from pact.engines.transformers import TransformersEngine
 from pact.envs import make
 from pact.modeling import attach_tree_attention
 from pact.objective import Group, PactConfig, PactObjective
+from pact.rollout import Trajectory
 from pact.samples import Estimator, rl_group
 from pact.trace import prepare_tokenizer
 
@@ -86,6 +88,36 @@ def compare(halves: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, 
     return found
 
 
+def kind(episode: Trajectory) -> str:
+    """How a rollout ended, and whether a call failed on the way."""
+    if not episode.score.metrics["success"]:
+        return "wrong"
+    failed = any(one["role"] == "tool" and one["content"].startswith("error:") for one in episode.messages)
+    return "right after a failed call" if failed else "right, no call failed"
+
+
+def likelihoods(
+    model: torch.nn.Module, groups: Sequence[Group], played: Sequence[Sequence[Trajectory]]
+) -> dict[str, dict[str, float]]:
+    """Of every `kind` of rollout of groups with a trace: its share, log pi(y|x), log pi(y|x, trace), nats a rollout."""
+    objective = PactObjective(PLAIN)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for start in range(0, len(groups), AT_ONCE):
+        some = groups[start : start + AT_ONCE]
+        objective.attach_logprobs(model, some, branches=("prompt", "trace"))
+        for group, attempts in zip(some, played[start : start + AT_ONCE], strict=True):
+            for rollout, episode in zip(group.rollouts, attempts, strict=True):
+                logp = rollout.old_logp
+                if "trace" in logp:
+                    found.setdefault(kind(episode), []).append((sum(logp["prompt"]), sum(logp["trace"])))
+    total = sum(map(len, found.values()))
+    means = {name: torch.tensor(pairs, dtype=torch.float64).mean(0).tolist() for name, pairs in found.items()}
+    return {
+        name: {"share": len(found[name]) / total, "prompt": alone, "trace": given}
+        for name, (alone, given) in sorted(means.items())
+    }
+
+
 def measure(model_path: Path, study: Study, prompts: int, rollouts: int, seed: int = 0) -> dict[str, Any]:
     settings = study.warm_start().settings
     env = make(settings["env"], **settings["env_options"])
@@ -105,6 +137,10 @@ def measure(model_path: Path, study: Study, prompts: int, rollouts: int, seed: i
             pair.append(gradient(model, groups, config))
         halves[name] = (pair[0], pair[1])
         print(f"{name}: norm {pair[0].norm():.4f}, cosine of halves {cosine(*pair):.3f}", flush=True)
+    groups = [
+        rl_group(task, attempts, tokenizer, Estimator("grpo"), PLAIN)
+        for task, attempts in zip(tasks, played, strict=True)
+    ]
     wins = [episode.score.metrics["success"] for attempts in played for episode in attempts]
     return {
         "weights": weights_hash(model_path),
@@ -112,6 +148,7 @@ def measure(model_path: Path, study: Study, prompts: int, rollouts: int, seed: i
         "rollouts": rollouts,
         "success": sum(wins) / len(wins),
         "terms": compare(halves),
+        "likelihoods": likelihoods(model, groups, played),
         "machine": machine(),
     }
 

@@ -267,6 +267,19 @@ def gradient_table(study: Study, records: Mapping[str, Record]) -> str:
     return table(head, rows)
 
 
+def likelihood_table(study: Study, records: Mapping[str, Record]) -> str:
+    """What the trace in the context makes of the warm start's own rollouts (study_gradients.py)."""
+    path = study.records / "gradients.json"
+    if not path.is_file():
+        return "not run yet\n"
+    kinds = json.loads(path.read_text(encoding="utf-8"))["likelihoods"]
+    rows = [
+        [name, *(f"{value:.3g}" for value in (one["share"], one["prompt"], one["trace"], one["trace"] - one["prompt"]))]
+        for name, one in kinds.items()
+    ]
+    return table(["rollouts", "share", "log-prob from the prompt", "with the trace", "difference"], rows)
+
+
 TABLES: dict[str, Callable[[Study, Mapping[str, Record]], str]] = {
     "progress": progress_table,
     "warm": warm_table,
@@ -276,6 +289,7 @@ TABLES: dict[str, Callable[[Study, Mapping[str, Record]], str]] = {
     "ablations": ablation_table,
     "cost": cost_table,
     "gradients": gradient_table,
+    "likelihoods": likelihood_table,
 }
 
 

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny import make_groups, make_model
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import study_gradients
-from study_gradients import PLAIN, TRACE, TRUE, compare, gradient
+from study_gradients import PLAIN, TRACE, TRUE, compare, gradient, likelihoods
 
 from pact.objective import PactObjective
 
@@ -63,3 +64,31 @@ def test_comparison_sees_through_noise():
         assert found[name]["halves"] == pytest.approx(0.1, abs=0.01)  # 1 / (1 + 9)
         assert found[name]["cosine"] == pytest.approx(cosine, abs=0.05)
         assert found[name]["gain"] == pytest.approx(gain, abs=0.05)
+
+
+def episode(success, *observations):
+    messages = [{"role": "tool", "content": text} for text in observations]
+    return SimpleNamespace(score=SimpleNamespace(metrics={"success": success}), messages=messages)
+
+
+def test_likelihoods_are_those_of_each_kind_of_rollout():
+    model, groups = make_model("qwen3", torch.float64), make_groups("mixture")
+    endings = [episode(1.0, "{}"), episode(1.0, "error: no", "{}"), episode(0.0, "error: no"), episode(0.0)]
+    played = [[endings[(g + r) % 4] for r in range(len(group.rollouts))] for g, group in enumerate(groups)]
+    found = likelihoods(model, groups, played)
+    expected = {name: [] for name in ("right, no call failed", "right after a failed call", "wrong")}
+    PactObjective(TRACE).attach_logprobs(model, groups)
+    PactObjective(PLAIN).attach_logprobs(model, groups)
+    assert any(group.trace is None for group in groups)  # they have no other likelihood
+    for g, group in enumerate(groups):
+        if group.trace is None:
+            continue
+        for r, rollout in enumerate(group.rollouts):
+            name = list(expected)[min((g + r) % 4, 2)]
+            expected[name].append([sum(rollout.old_logp["prompt"]), sum(rollout.old_logp["trace"])])
+    assert set(found) == {name for name, pairs in expected.items() if pairs}
+    assert sum(one["share"] for one in found.values()) == pytest.approx(1.0)
+    for name, one in found.items():
+        alone, given = torch.tensor(expected[name], dtype=torch.float64).mean(0).tolist()
+        assert (one["prompt"], one["trace"]) == (pytest.approx(alone), pytest.approx(given))
+        assert alone != pytest.approx(given)
